@@ -1,0 +1,66 @@
+// The operation, as the core sees it: plain pointers, strides in elements, sizes. No torch, no Python.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace luke_kernels {
+
+// Index of a token's kind. Words come first wherever both are listed.
+enum Kind { kWord = 0, kEntity = 1, kKinds = 2 };
+
+// A flat buffer of tokens: element (token, slot, head, d) lies at
+// data + token * token_stride + slot * slot_stride + head * head_stride + d.
+struct Buffer {
+  void* data = nullptr;
+  int64_t token_stride = 0;
+  int64_t slot_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// The sequences of one kind: sequence b holds tokens [offsets[b], offsets[b] + lengths[b]) of that kind's buffers.
+struct Segments {
+  const int32_t* offsets = nullptr;
+  const int32_t* lengths = nullptr;
+  int64_t num_tokens = 0;
+  int64_t max_length = 0;
+};
+
+enum class DType { kFloat32, kFloat64, kBFloat16 };
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch_size = 0;
+  int64_t num_heads = 0;
+  int64_t head_dim = 0;
+  int64_t stack = 4;  // 4: query to words, query to entities, key, value; 3: query, key, value
+  std::array<Segments, kKinds> segments;
+
+  std::array<Buffer, kKinds> projections;
+  std::array<Buffer, kKinds> out;
+  std::array<Buffer, kKinds> lse;  // (head, token), in the accumulator's dtype: no slot, no d
+
+  // Backward only.
+  std::array<Buffer, kKinds> dout;
+  std::array<Buffer, kKinds> dprojections;
+
+  double scale = 1.0;
+  double dropout_p = 0.0;
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  int num_threads = 1;
+
+  int64_t query_slot(Kind key_kind) const { return key_kind == kWord ? 0 : stack - 3; }
+  int64_t key_slot() const { return stack - 2; }
+  int64_t value_slot() const { return stack - 1; }
+};
+
+// Bytes of scratch memory the CPU kernels take; they depend on head_dim and num_threads, not on the tokens.
+size_t attention_scratch_bytes_cpu(const AttentionParams& params);
+
+// scratch: attention_scratch_bytes_cpu(params) bytes, aligned to 64.
+void attention_forward_cpu(const AttentionParams& params, void* scratch);
+void attention_backward_cpu(const AttentionParams& params, void* scratch);
+
+}  // namespace luke_kernels

@@ -1,0 +1,121 @@
+"""What each backend supports, as data; and the choice among them. A backend asked for by name never falls back."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a backend can take. `missing` says why the backend cannot run on this machine at all, or None."""
+
+    module: str
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...] | None = None
+    max_head_dim: int | None = None
+    missing: Callable[[], str | None] = lambda: None
+
+
+@functools.cache
+def _extension_missing() -> str | None:
+    try:
+        importlib.import_module("luke_kernels._C")
+    except ImportError as error:
+        return f"the extension luke_kernels._C is not built or does not load ({error})"
+    return None
+
+
+def interpreting() -> bool:
+    """Return whether Triton kernels run in its interpreter, on the CPU (set before they are first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "no GPU that torch can see (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+
+
+def _table() -> dict[str, Support]:
+    interpreter = interpreting()
+    return {
+        "reference": Support("luke_kernels.ops.reference", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
+        "sdpa": Support("luke_kernels.ops.backends.sdpa", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
+        "cpu": Support(
+            "luke_kernels.ops.backends.cpu",
+            (FLOAT64, FLOAT32, BFLOAT16),
+            devices=("cpu",),
+            max_head_dim=256,
+            missing=_extension_missing,
+        ),
+        "triton": Support(
+            "luke_kernels.ops.backends.triton",
+            # The interpreter multiplies the bit patterns of bfloat16.
+            (FLOAT32, FLOAT16) if interpreter else (FLOAT32, BFLOAT16, FLOAT16),
+            devices=("cpu",) if interpreter else ("cuda",),
+            max_head_dim=128,
+            missing=_triton_missing,
+        ),
+    }
+
+
+TABLE: Mapping[str, Support] = _table()
+# Fastest first. The reference is a specification and is never chosen.
+PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("sdpa", "cpu"), "cuda": ("triton", "sdpa")}
+
+
+def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why backend `name` cannot serve such tensors here, or None where it can."""
+    support = TABLE[name]
+    if support.devices is not None and device.type not in support.devices:
+        return f"runs on {' or '.join(support.devices)} tensors, got {device.type}"
+    if dtype not in support.dtypes:
+        return f"takes {', '.join(_short(d) for d in support.dtypes)}, got {_short(dtype)}"
+    if support.max_head_dim is not None and head_dim > support.max_head_dim:
+        return f"takes head_dim up to {support.max_head_dim}, got {head_dim}"
+    return support.missing()
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the backend to run: `name` itself, or for "auto" the first of PREFERENCE that can.
+
+    Raises:
+        ValueError: `name` is no backend.
+        NotImplementedError: no backend asked for can; the message holds a reason for each.
+    """
+    if name == "auto":
+        candidates = PREFERENCE.get(device.type, ("sdpa",))
+    elif name in TABLE:
+        candidates = (name,)
+    else:
+        raise ValueError(f"backend must be one of {', '.join(('auto', *TABLE))}, got {name!r}")
+    reasons = {}
+    for candidate in candidates:
+        reason = reason_against(candidate, device, dtype, head_dim)
+        if reason is None:
+            return candidate
+        reasons[candidate] = reason
+    raise NotImplementedError(
+        f"backend must support the tensors given, got {name!r}: " + "; ".join(f"{k} {v}" for k, v in reasons.items())
+    )
+
+
+def load(name: str) -> ModuleType:
+    """Import the module of a backend: functions `forward` and `backward`."""
+    return importlib.import_module(TABLE[name].module)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

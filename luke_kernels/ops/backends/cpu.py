@@ -1,0 +1,80 @@
+"""The C++ kernels for the CPU (csrc/cpu): tensors go in as addresses and strides."""
+
+import torch
+from torch import Tensor
+
+from luke_kernels import _C
+from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
+
+_DTYPES = {
+    torch.float32: _C.DType.float32,
+    torch.float64: _C.DType.float64,
+    torch.bfloat16: _C.DType.bfloat16,
+}
+
+
+def forward(
+    words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out, lse = empty_outputs(words, entities, layout.covers_rows)
+    _C.attention_forward_cpu(parameters(words, entities, layout, scale, dropout_p, seed, out, lse))
+    return out, lse
+
+
+def backward(
+    dout_words: Tensor,
+    dout_entities: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: Tensor,
+    entities: Tensor,
+    layout: Layout,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gradients = empty_gradients(words, entities, layout.covers_rows)
+    params = parameters(words, entities, layout, scale, dropout_p, seed, out, lse)
+    params.dout = [_buffer(dout_words[:, None]), _buffer(dout_entities[:, None])]
+    params.dprojections = [_buffer(gradient) for gradient in gradients]
+    _C.attention_backward_cpu(params)
+    return gradients
+
+
+def parameters(
+    words: Tensor,
+    entities: Tensor,
+    layout: Layout,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> "_C.AttentionParams":
+    """Describe a call to the C++ core. The tensors must outlive its use."""
+    num_words = words.shape[0]
+    params = _C.AttentionParams()
+    params.dtype = _DTYPES[words.dtype]
+    params.batch_size = layout.batch_size
+    params.stack, params.num_heads, params.head_dim = words.shape[1:]
+    params.segments = [
+        _C.Segments(layout.word_offsets.data_ptr(), layout.word_lengths.data_ptr(), num_words, layout.max_words),
+        _C.Segments(
+            layout.entity_offsets.data_ptr(), layout.entity_lengths.data_ptr(), entities.shape[0], layout.max_entities
+        ),
+    ]
+    params.projections = [_buffer(words), _buffer(entities)]
+    params.out = [_buffer(out[:num_words, None]), _buffer(out[num_words:, None])]
+    tokens_first = lse.T[:, None, :, None]
+    params.lse = [_buffer(tokens_first[:num_words]), _buffer(tokens_first[num_words:])]
+    params.scale = scale
+    if seed is not None:
+        params.dropout_p = dropout_p
+        params.seed, params.offset = (value & 0xFFFFFFFFFFFFFFFF for value in seed.tolist())
+    params.num_threads = torch.get_num_threads()
+    return params
+
+
+def _buffer(tensor: Tensor) -> "_C.Buffer":
+    """Describe a tensor (tokens, slots, H, D)."""
+    return _C.Buffer(tensor.data_ptr(), *tensor.stride()[:3])

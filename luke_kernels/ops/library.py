@@ -1,0 +1,156 @@
+"""The operator as torch knows it: schema, fake implementations, autograd. Imports torch and its own floor only."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from luke_kernels.ops.layout import Layout, accumulator_dtype
+
+NAMESPACE = "luke_kernels"
+_LAYOUT = (
+    "Tensor word_offsets, Tensor word_lengths, Tensor? entity_offsets, Tensor? entity_lengths, "
+    "SymInt max_words, SymInt max_entities, bool covers_rows, float scale, float dropout_p, Tensor? seed, str backend"
+)
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(f"attention_forward(Tensor words, Tensor? entities, {_LAYOUT}) -> (Tensor out, Tensor lse)")
+_library.define(
+    "attention_backward(Tensor dout_words, Tensor? dout_entities, Tensor out, Tensor lse, "
+    f"Tensor words, Tensor? entities, {_LAYOUT}) -> (Tensor dwords, Tensor dentities)"
+)
+
+
+def attention(words, entities, *arguments, split=True):
+    """Run the op with autograd.
+
+    Returns:
+        split: (out_words (Tw, H, D), out_entities (Te, H, D) or None); two parts of one buffer, gradients of each
+        taken as they come. Otherwise that buffer, out (Tw + Te, H, D), words first.
+    """
+    if torch.compiler.is_compiling():
+        out, _ = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
+        if not split:
+            return out
+        if entities is None:
+            return out, None
+        return out.split([words.shape[0], entities.shape[0]])
+    outputs = _Attention.apply(words, entities, split, *arguments)
+    if not split:
+        return outputs[0]
+    return outputs[0], None if entities is None else outputs[1]
+
+
+def _normalised(words, entities, arguments):
+    """Turn the flat arguments of the schema into what backends take.
+
+    Absent entities become an empty buffer; projections have unit stride in D, offsets and lengths no gaps.
+    """
+    *layout, max_words, max_entities, covers_rows, scale, dropout_p, seed, backend = arguments
+    if entities is None:
+        entities = words.new_empty((0, *words.shape[1:]))
+        layout[2] = layout[3] = torch.zeros_like(layout[1])
+    module = importlib.import_module("luke_kernels.ops.backends").load(backend)
+    return (
+        module,
+        _unit_stride(words),
+        _unit_stride(entities),
+        Layout(*(t.contiguous() for t in layout), max_words, max_entities, covers_rows),
+        (scale, dropout_p, seed if dropout_p > 0 else None),
+    )
+
+
+def _forward(words, entities, *arguments):
+    module, words, entities, layout, options = _normalised(words, entities, arguments)
+    return module.forward(words, entities, layout, *options)
+
+
+def _backward(dout_words, dout_entities, out, lse, words, entities, *arguments):
+    module, words, entities, layout, options = _normalised(words, entities, arguments)
+    if dout_entities is None:
+        dout_entities = dout_words.new_zeros((entities.shape[0], *dout_words.shape[1:]))
+    return module.backward(
+        _unit_stride(dout_words), _unit_stride(dout_entities), out, lse, words, entities, layout, *options
+    )
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward_fake(words, entities, *arguments):
+    tokens = words.shape[0] + (0 if entities is None else entities.shape[0])
+    heads, head_dim = words.shape[2:]
+    return words.new_empty(tokens, heads, head_dim), words.new_empty(
+        heads, tokens, dtype=accumulator_dtype(words.dtype)
+    )
+
+
+def _backward_fake(dout_words, dout_entities, out, lse, words, entities, *arguments):
+    entities_shape = (0, *words.shape[1:]) if entities is None else entities.shape
+    return words.new_empty(words.shape), words.new_empty(entities_shape)
+
+
+class _Attention(torch.autograd.Function):
+    """Both ops joined. Gradients of words and entities stay two tensors, so that nothing is concatenated."""
+
+    @staticmethod
+    def forward(words, entities, split, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
+        if split:
+            # The parts count as tensors of their own, not views: users may write into them.
+            parts = out.unsafe_split_with_sizes([words.shape[0], out.shape[0] - words.shape[0]])
+            return *parts, out, lse
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        words, entities, ctx.split, *arguments = inputs
+        out, lse = output[-2:]
+        tensors = [a if isinstance(a, Tensor) else None for a in arguments]
+        ctx.constants = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.save_for_backward(out, lse, words, entities, *tensors)
+        ctx.mark_non_differentiable(*output[-2:] if ctx.split else output[-1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        out, lse, words, entities, *tensors = ctx.saved_tensors
+        arguments = [c if t is None else t for c, t in zip(ctx.constants, tensors, strict=True)]
+        num_words = words.shape[0]
+        if ctx.split:
+            dout_words, dout_entities = gradients[:2]
+        elif gradients[0] is not None:
+            dout_words, dout_entities = gradients[0][:num_words], gradients[0][num_words:]
+        else:
+            dout_words = dout_entities = None
+        if dout_words is None:
+            dout_words = torch.zeros_like(out[:num_words])
+        dwords, dentities = torch.ops.luke_kernels.attention_backward(
+            dout_words, None if entities is None else dout_entities, out, lse, words, entities, *arguments
+        )
+        return dwords, None if entities is None else dentities, *[None] * (1 + len(arguments))
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        _refuse_vmap(info, in_dims, *arguments)
+
+
+def _autograd(words, entities, *arguments):
+    return _Attention.apply(words, entities, False, *arguments)
+
+
+def _refuse_vmap(info, in_dims, *arguments):
+    raise NotImplementedError(
+        "entity_aware_attention must not run under torch.vmap, got a mapped tensor: make the mapped dimension part of "
+        "the batch"
+    )
+
+
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _autograd, "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=_library)
+torch.library.register_vmap(f"{NAMESPACE}::attention_forward", _refuse_vmap, lib=_library)

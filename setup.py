@@ -1,0 +1,81 @@
+"""Builds luke_kernels._C from csrc/ with ninja. All other metadata stands in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise PlatformError("luke_kernels needs a C++17 compiler to build, found none of $CXX, c++, g++, clang++")
+
+
+def cuda_sources() -> list[str]:
+    """Return the CUDA sources to build, as LUKE_KERNELS_CUDA (auto, 0 or 1) says."""
+    wanted = os.environ.get("LUKE_KERNELS_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise PlatformError(f"LUKE_KERNELS_CUDA must be auto, 0 or 1, got {wanted!r}")
+    sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    if wanted == "1" and not (shutil.which("nvcc") and sources):
+        missing = "no CUDA sources in this version" if not sources else "no nvcc on PATH"
+        raise PlatformError(f"LUKE_KERNELS_CUDA=1 must find nvcc and CUDA sources, got {missing}")
+    return sources if wanted != "0" and shutil.which("nvcc") else []
+
+
+def runs(compiler: str, *flags: str) -> bool:
+    """Return whether the compiler builds a shared library with these flags."""
+    command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", os.devnull, *flags]
+    return subprocess.run(command, input=b"int f() { return 0; }", capture_output=True).returncode == 0
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja an extension and runs it: parallel, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        import pybind11
+
+        compiler = find_compiler()
+        openmp = ["-fopenmp"] if runs(compiler, "-fopenmp") else []
+        includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        flags = [*CXX_FLAGS, *openmp, *includes, *os.environ.get("CXXFLAGS", "").split()]
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        link_flags = ["-shared", *openmp, *undefined, *os.environ.get("LDFLAGS", "").split()]
+        folder = Path(self.build_temp).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        objects = {folder / Path(source).with_suffix(".o"): Path(source).absolute() for source in ext.sources}
+        lines = [
+            "rule compile",
+            f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {compiler} $in -o $out {' '.join(link_flags)}",
+            *(f"build {escape(path)}: compile {escape(source)}" for path, source in objects.items()),
+            f"build {escape(target)}: link {' '.join(map(escape, objects))}",
+            "",
+        ]
+        (folder / "build.ninja").write_text("\n".join(lines))
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-v"] if self.verbose else [])]
+        if subprocess.run(command).returncode:
+            raise CompileError(f"luke_kernels._C must compile, got an error from {compiler} (its message stands above)")
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), *cuda_sources()]
+setup(ext_modules=[Extension("luke_kernels._C", sources)], cmdclass={"build_ext": NinjaBuildExt})
