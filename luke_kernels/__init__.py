@@ -1,5 +1,6 @@
 """LUKE on fused entity-aware attention."""
 
+from luke_kernels.attention import EntityAwareSelfAttention
 from luke_kernels.ops import (
     available_backends,
     entity_aware_attention,
@@ -7,9 +8,12 @@ from luke_kernels.ops import (
     explain_backends,
     stack_projections,
 )
+from luke_kernels.packing import PackedLengths
 from luke_kernels.version import __version__
 
 __all__ = [
+    "EntityAwareSelfAttention",
+    "PackedLengths",
     "__version__",
     "available_backends",
     "entity_aware_attention",

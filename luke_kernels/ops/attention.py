@@ -5,9 +5,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from luke_kernels.ops import backends, library
+from luke_kernels.ops import backends, library, reference
 from luke_kernels.ops.dropout import draw_seed
 
 
@@ -142,6 +143,54 @@ def entity_aware_attention_varlen(
     )
 
 
+def attention_with_probabilities(
+    words: Tensor,
+    entities: Tensor | None = None,
+    *,
+    word_mask: Tensor | None = None,
+    entity_mask: Tensor | None = None,
+    word_lengths: Tensor | None = None,
+    entity_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attend as `entity_aware_attention` does, by the reference formula, and return the probabilities too.
+
+    For looking at attention, not for speed: it holds the probabilities of all pairs.
+
+    Args:
+        All but `seed` and `backend` as in `entity_aware_attention`. Dropout is torch's own and drops other elements.
+
+    Returns:
+        out_words, out_entities and the probabilities after dropout, (B, H, W + E, W + E), words first. Rows and columns
+        of absent tokens are zero.
+
+    Raises:
+        ValueError, TypeError: as in `entity_aware_attention`.
+    """
+    _check_stacks(words, entities, ("B", "W"), ("B", "E"))
+    _check_presence("word", words, word_mask, word_lengths)
+    _check_presence("entity", entities, entity_mask, entity_lengths)
+    scale, dropout_p, _, _ = _check_options(words, scale, dropout_p, None, "reference")
+    exists = _exists(words, word_mask, word_lengths)
+    entities_exist = None if entities is None else _exists(entities, entity_mask, entity_lengths)
+    # Absent tokens count for nothing, even where they hold NaN.
+    words = words.where(exists[:, :, None, None, None], 0)
+    if entities is None or entities_exist is None:
+        entities = words[:, :0]
+    else:
+        entities = entities.where(entities_exist[:, :, None, None, None], 0)
+        exists = torch.cat([exists, entities_exist], dim=1)
+    pairs = exists[:, None, :, None] & exists[:, None, None, :]
+    # Rows of absent tokens keep their scores, so that no softmax runs over nothing.
+    masked = reference.scores(words, entities, scale).masked_fill(~pairs & exists[:, None, :, None], -torch.inf)
+    probs = F.dropout(masked.softmax(dim=-1).where(pairs, 0), dropout_p)
+    out_words, out_entities = reference.weighted_values(words, entities, probs).split(
+        [words.shape[1], entities.shape[1]], dim=1
+    )
+    return out_words, None if entities_exist is None else out_entities, probs
+
+
 def stack_projections(query_to_words: Tensor, query_to_entities: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Stack four projections of equal shape (..., H, D) into what the op takes, (..., 4, H, D).
 
@@ -178,7 +227,7 @@ def explain_backends(words: Tensor, entities: Tensor | None = None) -> dict[str,
 
 
 class _Order:
-    """Moves the tokens that exist to the front of each sequence, order kept; and results back. Static shapes, no sync."""
+    """Moves the tokens that exist to the front of each sequence, order kept; and results back. Shapes are static."""
 
     def __init__(self, mask: Tensor):
         batch, length = mask.shape
@@ -215,6 +264,16 @@ def _autocast(tokens: Tensor) -> Tensor:
     return tokens
 
 
+def _exists(tokens: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Return which tokens exist, bool (B, tokens)."""
+    if mask is not None:
+        return mask.bool()
+    ranks = torch.arange(tokens.shape[1], device=tokens.device)
+    if lengths is None:
+        return torch.ones_like(ranks, dtype=torch.bool).expand(tokens.shape[:2])
+    return ranks < lengths[:, None]
+
+
 def _full(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.full((batch,), length, dtype=torch.int32, device=device)
 
@@ -245,7 +304,8 @@ def _check_stacks(
     assert entities is not None
     if entities.shape[-3:] != words.shape[-3:]:
         raise ValueError(
-            f"entities must have the stack, H and D of words, {tuple(words.shape[-3:])}, got {tuple(entities.shape[-3:])}"
+            f"entities must have the stack, H and D of words, {tuple(words.shape[-3:])}, "
+            f"got {tuple(entities.shape[-3:])}"
         )
     if entities.dtype != words.dtype:
         raise TypeError(f"entities must have the dtype of words, {words.dtype}, got {entities.dtype}")

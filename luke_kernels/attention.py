@@ -1,0 +1,175 @@
+"""Entity-aware self-attention as a module, in place of the self-attention of a transformer encoder layer."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luke_kernels.ops.attention import (
+    attention_with_probabilities,
+    entity_aware_attention,
+    entity_aware_attention_varlen,
+)
+from luke_kernels.packing import PackedLengths
+
+
+class EntityAwareSelfAttention(nn.Module):
+    """Self-attention over words and entities, with a query for each pair of kinds.
+
+        e(i, j) = Q_st x_i . K x_j / sqrt(D),   s, t in {word, entity} the kinds of i and j
+        out(i)  = sum_j softmax_j(e(i, .))(j) V x_j
+
+    The parameters bear the names of LUKE checkpoints: `query` (word to word), `w2e_query`, `e2w_query`, `e2e_query`,
+    `key`, `value`. Projections are one matrix product a kind of token, written where the attention kernel reads them.
+    A projection that was replaced or hooked (LoRA, quantisation, parametrisation) is called as the module it is.
+
+    Args:
+        hidden_size: Size C of the hidden states, H * D.
+        num_heads: Number of heads H.
+        dropout: Probability of dropping an attention probability in training.
+        entity_aware: Whether the four queries differ; False is plain attention over all tokens with `query`.
+        backend: As in `luke_kernels.entity_aware_attention`.
+
+    Raises:
+        ValueError: hidden_size is not a multiple of num_heads, or dropout is outside [0, 1).
+
+    Source: Yamada et al. 2020, "LUKE", section 3.2.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        dropout: float = 0.0,
+        entity_aware: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.hidden_size, self.num_heads, self.dropout = hidden_size, num_heads, dropout
+        self.entity_aware, self.backend = entity_aware, backend
+        names = ("query", "key", "value", *(("w2e_query", "e2w_query", "e2e_query") if entity_aware else ()))
+        for name in names:
+            self.add_module(name, nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype))
+
+    def forward(
+        self,
+        word_hidden: Tensor,
+        entity_hidden: Tensor | None = None,
+        *,
+        word_mask: Tensor | None = None,
+        entity_mask: Tensor | None = None,
+        word_lengths: Tensor | None = None,
+        entity_lengths: Tensor | None = None,
+        packed: PackedLengths | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+        """Attend among the words and entities of each sequence.
+
+        Args:
+            word_hidden: Hidden states of the words, (B, W, C); (Tw, C) with `packed`.
+            entity_hidden: Hidden states of the entities, (B, E, C); (Te, C) with `packed`; None for none.
+            word_mask, entity_mask, word_lengths, entity_lengths: Which tokens exist, as in
+                `luke_kernels.entity_aware_attention`. Absent rows of the results are zero.
+            packed: The lengths of a packed batch, instead of masks and lengths.
+            output_attentions: Also return the probabilities, after dropout, (B, H, W + E, W + E); they are computed by
+                the reference path, in memory of that size. Not for packed batches.
+
+        Returns:
+            Contexts of the words (B, W, C) or (Tw, C), and of the entities likewise or None; then the probabilities,
+            if asked for.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as in `luke_kernels.entity_aware_attention`.
+        """
+        dims = 3 if packed is None else 2
+        for name, hidden in (("word_hidden", word_hidden), ("entity_hidden", entity_hidden)):
+            if hidden is not None and (hidden.dim() != dims or hidden.shape[-1] != self.hidden_size):
+                shape = f"(B, tokens, {self.hidden_size})" if packed is None else f"(tokens, {self.hidden_size})"
+                raise ValueError(f"{name} must be {shape}, got {tuple(hidden.shape)}")
+        words = self._project(word_hidden, ("query", "w2e_query"))
+        entities = None if entity_hidden is None else self._project(entity_hidden, ("e2w_query", "e2e_query"))
+        dropout_p = self.dropout if self.training else 0.0
+        masks: dict[str, Any] = {
+            "word_mask": word_mask,
+            "entity_mask": entity_mask,
+            "word_lengths": word_lengths,
+            "entity_lengths": entity_lengths,
+        }
+        if packed is not None:
+            for name, value in {**masks, "output_attentions": output_attentions or None}.items():
+                if value is not None:
+                    raise ValueError(f"{name} must not be given with packed, got {value}")
+            contexts = entity_aware_attention_varlen(
+                words,
+                entities,
+                packed.cu_words,
+                None if entities is None else packed.cu_entities,
+                packed.max_words,
+                0 if entities is None else packed.max_entities,
+                dropout_p=dropout_p,
+                backend=self.backend,
+            )
+        elif output_attentions:
+            out_words, out_entities, probs = attention_with_probabilities(words, entities, **masks, dropout_p=dropout_p)
+            return *_merge_heads(out_words, out_entities), probs
+        else:
+            contexts = entity_aware_attention(words, entities, **masks, dropout_p=dropout_p, backend=self.backend)
+        return _merge_heads(*contexts)
+
+    def _project(self, hidden: Tensor, queries: tuple[str, ...]) -> Tensor:
+        """Project tokens of one kind: (..., C) -> (..., 4 or 3, H, D)."""
+        if not self.entity_aware:
+            queries = ("query",)
+        linears: list[nn.Linear] = [getattr(self, name) for name in (*queries, "key", "value")]
+        if not _fusable(linears):
+            stacked = torch.stack([linear(hidden) for linear in linears], dim=-2)
+        elif _writes_in_place(hidden):
+            # As fast on the CPU as one product with all weights, without copying them together first.
+            stacked = hidden.new_empty(*hidden.shape[:-1], len(linears), self.hidden_size)
+            tokens, slots = hidden.flatten(0, -2), stacked.flatten(0, -3)
+            for slot, linear in enumerate(linears):
+                torch.addmm(linear.bias, tokens, linear.weight.t(), out=slots[:, slot])
+        else:
+            weight = torch.cat([linear.weight for linear in linears])
+            bias = torch.cat([linear.bias for linear in linears])
+            stacked = F.linear(hidden, weight, bias)
+        return stacked.view(*hidden.shape[:-1], len(linears), self.num_heads, -1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, "
+            f"entity_aware={self.entity_aware}, backend={self.backend!r}"
+        )
+
+
+def _merge_heads(words: Tensor, entities: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return words.flatten(-2), None if entities is None else entities.flatten(-2)
+
+
+def _fusable(linears: list[nn.Linear]) -> bool:
+    """Return whether the weights alone say what the modules do: plain nn.Linear with bias, nothing hooked on."""
+    return all(
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and linear.bias is not None
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+        for linear in linears
+    )
+
+
+def _writes_in_place(hidden: Tensor) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
