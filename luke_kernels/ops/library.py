@@ -98,8 +98,8 @@ class _Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
         if split:
-            # The parts count as tensors of their own, not views: users may write into them.
-            parts = out.unsafe_split_with_sizes([words.shape[0], out.shape[0] - words.shape[0]])
+            # Views: the backward reads `out`, so autograd must see who writes into its parts.
+            parts = out.split([words.shape[0], out.shape[0] - words.shape[0]])
             return *parts, out, lse
         return out, lse
 
@@ -114,7 +114,6 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         out, lse, words, entities, *tensors = ctx.saved_tensors
         arguments = [c if t is None else t for c, t in zip(ctx.constants, tensors, strict=True)]
@@ -127,7 +126,7 @@ class _Attention(torch.autograd.Function):
             dout_words = dout_entities = None
         if dout_words is None:
             dout_words = torch.zeros_like(out[:num_words])
-        dwords, dentities = torch.ops.luke_kernels.attention_backward(
+        dwords, dentities = _AttentionGradient.apply(
             dout_words, None if entities is None else dout_entities, out, lse, words, entities, *arguments
         )
         return dwords, None if entities is None else dentities, *[None] * (1 + len(arguments))
@@ -137,8 +136,29 @@ class _Attention(torch.autograd.Function):
         _refuse_vmap(info, in_dims, *arguments)
 
 
-def _autograd(words, entities, *arguments):
+class _AttentionGradient(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it is refused and not silently zero."""
+
+    @staticmethod
+    def forward(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.luke_kernels.attention_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("entity_aware_attention must be differentiated once, got a second derivative")
+
+
+def _forward_autograd(words, entities, *arguments):
     return _Attention.apply(words, entities, False, *arguments)
+
+
+def _backward_autograd(*arguments):
+    return _AttentionGradient.apply(*arguments)
 
 
 def _refuse_vmap(info, in_dims, *arguments):
@@ -150,7 +170,8 @@ def _refuse_vmap(info, in_dims, *arguments):
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _autograd, "Autograd")
+_library.impl("attention_forward", _forward_autograd, "Autograd")
+_library.impl("attention_backward", _backward_autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::attention_backward", _backward_fake, lib=_library)
 torch.library.register_vmap(f"{NAMESPACE}::attention_forward", _refuse_vmap, lib=_library)

@@ -1,0 +1,160 @@
+"""Inputs of entity-aware attention, an independent eager formula, and the rule for errors."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import luke_kernels
+
+SIZES = [(1, 1), (1, 0), (0, 1), (5, 3), (63, 17), (128, 0), (130, 33)]
+PATTERNS = ["none", "ragged", "holes", "left", "empty"]
+BATCH, HEADS = 3, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, which tokens exist, head_dim and the stack of projections."""
+
+    words: int
+    entities: int
+    pattern: str = "none"
+    head_dim: int = 32
+    stack: int = 4
+    magnitude: float = 1.0
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the keyword arguments that say which tokens exist."""
+        if self.pattern == "none":
+            return {}
+        generator = torch.Generator().manual_seed(1)
+        kinds = {"word": self.words, "entity": self.entities}
+        if self.pattern in ("ragged", "empty"):
+            lengths = {k: torch.randint(0, n + 1, (BATCH,), generator=generator) for k, n in kinds.items()}
+            for kind, n in kinds.items():
+                lengths[kind][0] = n
+                if self.pattern == "empty":
+                    lengths[kind][1] = 0
+            return {f"{k}_lengths": v.int() for k, v in lengths.items()}
+        if self.pattern == "holes":
+            return {f"{k}_mask": torch.rand(BATCH, n, generator=generator) < 0.6 for k, n in kinds.items()}
+        pads = {k: torch.randint(0, n + 1, (BATCH, 1), generator=generator) for k, n in kinds.items()}
+        return {f"{k}_mask": torch.arange(n) >= pads[k] for k, n in kinds.items()}
+
+    def exists(self) -> tuple[Tensor, Tensor]:
+        masks = self.masks()
+        result = []
+        for kind, n in (("word", self.words), ("entity", self.entities)):
+            if f"{kind}_mask" in masks:
+                result.append(masks[f"{kind}_mask"])
+            elif f"{kind}_lengths" in masks:
+                result.append(torch.arange(n) < masks[f"{kind}_lengths"][:, None])
+            else:
+                result.append(torch.ones(BATCH, n, dtype=torch.bool))
+        return result[0], result[1]
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return words, entities and the gradients of both outputs, rounded to dtype."""
+        generator = torch.Generator().manual_seed(2)
+        shapes = [
+            (BATCH, self.words, self.stack, HEADS, self.head_dim),
+            (BATCH, self.entities, self.stack, HEADS, self.head_dim),
+            (BATCH, self.words, HEADS, self.head_dim),
+            (BATCH, self.entities, HEADS, self.head_dim),
+        ]
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for stack in tensors[:2]:
+            stack[:, :, :-2] *= self.magnitude
+        return [t.to(dtype) for t in tensors]
+
+
+def eager(words: Tensor, entities: Tensor, word_exists: Tensor, entity_exists: Tensor) -> tuple[Tensor, Tensor]:
+    """The four products of LUKE's own implementation, a mask of all pairs, one softmax."""
+
+    def heads(stack: Tensor, slot: int) -> Tensor:
+        return stack[:, :, slot].transpose(1, 2)
+
+    exists = torch.cat([word_exists, entity_exists], dim=1)[:, None]
+    keys = [heads(words, -2), heads(entities, -2)]
+    rows = [torch.cat([heads(t, 0) @ keys[0].mT, heads(t, -3) @ keys[1].mT], dim=-1) for t in (words, entities)]
+    scores = torch.cat(rows, dim=-2) * words.shape[-1] ** -0.5
+    # A row of a token that is absent attends to all, so that no softmax is empty; its output is cut below.
+    scores = scores.masked_fill(exists[:, :, :, None] & ~exists[:, :, None, :], -torch.inf)
+    values = torch.cat([heads(words, -1), heads(entities, -1)], dim=-2)
+    out = (scores.softmax(dim=-1) @ values) * exists[..., None]
+    out_words, out_entities = out.transpose(1, 2).split([words.shape[1], entities.shape[1]], dim=1)
+    return out_words, out_entities
+
+
+def with_gradients(function, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """Run function(words, entities) and its backward; return outputs, and gradients slot by slot."""
+    words, entities, *douts = inputs
+    words, entities = words.detach().requires_grad_(), entities.detach().requires_grad_()
+    outs = function(words, entities)
+    dwords, dentities = torch.autograd.grad(outs, (words, entities), douts)
+    results = {"out_words": outs[0].detach(), "out_entities": outs[1].detach()}
+    for kind, gradient in (("words", dwords), ("entities", dentities)):
+        for slot in range(gradient.shape[2]):
+            results[f"d{kind}[{slot}]"] = gradient[:, :, slot]
+    return results
+
+
+@functools.lru_cache(maxsize=64)
+def truth_and_eager(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    inputs, exists = case.inputs(dtype), case.exists()
+    truth = with_gradients(lambda w, e: eager(w, e, *exists), [t.double() for t in inputs])
+    return truth, with_gradients(lambda w, e: eager(w, e, *exists), inputs)
+
+
+def rounding_floor(truth: Tensor, dtype: torch.dtype, douts: list[Tensor], values: list[Tensor]) -> float:
+    """Return the error that no implementation in dtype can be blamed for."""
+    if truth.numel() == 0:
+        return 0.0
+    rounded = truth.to(dtype)
+    rounding = ((rounded + 0.3) - 0.3 - rounded).abs().max().item()
+    accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    largest = [max((t.abs().max().item() for t in tensors if t.numel()), default=0.0) for tensors in (douts, values)]
+    return 2 * rounding + accumulator * largest[0] * largest[1]
+
+
+def assert_as_exact_as_eager(results: dict[str, Tensor], case: Case, dtype: torch.dtype, merges: bool = False) -> None:
+    """Assert: error of out at most twice, of gradients at most three times that of eager in the same dtype.
+
+    `merges`: the output is weighed by log-sum-exps, as gradients always are, and their rounding counts twice.
+    """
+    truth, reference = truth_and_eager(case, dtype)
+    words, entities, *douts = case.inputs(dtype)
+    for name, expected in truth.items():
+        if expected.numel() == 0:
+            assert results[name].shape == expected.shape
+            continue
+        error = (results[name].cpu().double() - expected).abs().max().item()
+        eager_error = (reference[name].double() - expected).abs().max().item()
+        factor = 2 if name.startswith("out") else 3
+        floor = rounding_floor(expected, dtype, douts, [words[:, :, -1], entities[:, :, -1]])
+        if case.magnitude != 1 and (factor == 3 or merges):
+            floor += (1 + merges) * _floor_of_big_scores(case, expected, floor)
+        bound = factor * eager_error + floor
+        # Not `error > bound`: a NaN must fail.
+        assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} ({factor} x eager's {eager_error:.3g})"
+
+
+def _floor_of_big_scores(case: Case, gradient: Tensor, floor: float) -> float:
+    """Return what one float32 log-sum-exp a row costs: it holds probabilities to eps * |score|, relative.
+
+    And the two sums whose difference the softmax's gradient takes agree to eps only, before the queries multiply it.
+    """
+    words, entities, *_ = case.inputs(torch.float64)
+    queries, keys = (max(t[:, :, slot].abs().max().item() for t in (words, entities)) for slot in (0, -2))
+    scores = queries * keys * case.head_dim**-0.5
+    return torch.finfo(torch.float32).eps * scores * gradient.abs().max().item() + floor * queries * case.head_dim**-0.5
+
+
+def run(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> dict[str, Tensor]:
+    """Run the op forward and backward on a case."""
+    masks = {name: mask.to(device) for name, mask in case.masks().items()}
+    return with_gradients(
+        lambda w, e: luke_kernels.entity_aware_attention(w, e, **masks, backend=backend, **options),
+        [t.to(device) for t in case.inputs(dtype)],
+    )

@@ -1,0 +1,62 @@
+"""What every test rests on: Triton's interpreter where there is no GPU, NaN in fresh memory, budgets a room."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when the kernels are first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import luke_kernels
+
+REPOSITORY = Path(__file__).parents[1]
+# At the end: tests must see the installed package, not the source tree.
+sys.path.append(str(REPOSITORY))
+
+# Seconds a room may take on 2 cores; a test belongs to the first room whose word its id holds.
+BUDGETS_S = {"triton": 300, "cpu": 180, "op": 400}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("LUKE_KERNELS_TEST_INSTALLED") == "1" and REPOSITORY in Path(luke_kernels.__file__).parents:
+        installed = Path(luke_kernels.__file__).relative_to(REPOSITORY).parts[0] != "luke_kernels"
+        if not installed:
+            raise pytest.UsageError(f"tests must run on the installed package, got {luke_kernels.__file__}")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can see"))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Seed, and fill what torch.empty returns with NaN, so that a row no kernel wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    workers = config.getoption("numprocesses", None) or 1
+    spent = dict.fromkeys(BUDGETS_S, 0.0)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent[_room(report.nodeid)] += report.duration / workers
+    for room, seconds in spent.items():
+        over = ", OVER ITS BUDGET" if seconds > BUDGETS_S[room] else ""
+        terminalreporter.write_line(f"room {room}: {seconds:.0f} s of {BUDGETS_S[room]} s{over}")
+
+
+def _room(nodeid: str) -> str:
+    return next((room for room in BUDGETS_S if room in nodeid), "op")
