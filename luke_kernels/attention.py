@@ -94,8 +94,8 @@ class EntityAwareSelfAttention(nn.Module):
             if hidden is not None and (hidden.dim() != dims or hidden.shape[-1] != self.hidden_size):
                 shape = f"(B, tokens, {self.hidden_size})" if packed is None else f"(tokens, {self.hidden_size})"
                 raise ValueError(f"{name} must be {shape}, got {tuple(hidden.shape)}")
-        words = self._project(word_hidden, ("query", "w2e_query"))
-        entities = None if entity_hidden is None else self._project(entity_hidden, ("e2w_query", "e2e_query"))
+        words = self.project_words(word_hidden)
+        entities = None if entity_hidden is None else self.project_entities(entity_hidden)
         dropout_p = self.dropout if self.training else 0.0
         masks: dict[str, Any] = {
             "word_mask": word_mask,
@@ -124,8 +124,15 @@ class EntityAwareSelfAttention(nn.Module):
             contexts = entity_aware_attention(words, entities, **masks, dropout_p=dropout_p, backend=self.backend)
         return _merge_heads(*contexts)
 
+    def project_words(self, hidden: Tensor) -> Tensor:
+        """Project hidden states of words, (..., C) -> (..., 4 or 3, H, D), as `entity_aware_attention` takes them."""
+        return self._project(hidden, ("query", "w2e_query"))
+
+    def project_entities(self, hidden: Tensor) -> Tensor:
+        """Project hidden states of entities, (..., C) -> (..., 4 or 3, H, D)."""
+        return self._project(hidden, ("e2w_query", "e2e_query"))
+
     def _project(self, hidden: Tensor, queries: tuple[str, ...]) -> Tensor:
-        """Project tokens of one kind: (..., C) -> (..., 4 or 3, H, D)."""
         if not self.entity_aware:
             queries = ("query",)
         linears: list[nn.Linear] = [getattr(self, name) for name in (*queries, "key", "value")]

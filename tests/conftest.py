@@ -22,10 +22,9 @@ BUDGETS_S = {"triton": 300, "cpu": 180, "op": 400}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("LUKE_KERNELS_TEST_INSTALLED") == "1" and REPOSITORY in Path(luke_kernels.__file__).parents:
-        installed = Path(luke_kernels.__file__).relative_to(REPOSITORY).parts[0] != "luke_kernels"
-        if not installed:
-            raise pytest.UsageError(f"tests must run on the installed package, got {luke_kernels.__file__}")
+    installed = Path(luke_kernels.__file__).parent != REPOSITORY / "luke_kernels"
+    if os.environ.get("LUKE_KERNELS_TEST_INSTALLED") == "1" and not installed:
+        raise pytest.UsageError(f"tests must run on the installed package, got {luke_kernels.__file__}")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

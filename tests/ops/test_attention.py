@@ -2,6 +2,8 @@
 
 import itertools
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from attention_cases import BATCH, HEADS, PATTERNS, SIZES, Case, assert_as_exact_as_eager, run, with_gradients
@@ -58,7 +60,7 @@ def test_stack_of_three(backend, device, dtype, pattern):
 # Not float64: the truth itself is computed in it.
 @pytest.mark.parametrize(("backend", "device", "dtype"), [run for run in RUNS if run.values[2] != F64])
 def test_big_scores(backend, device, dtype):
-    # The merge of sdpa weighs outputs by float32 log-sum-exps: its error grows with the scores, so it gets smaller ones.
+    # The merge of sdpa weighs outputs by float32 log-sum-exps: its error grows with the scores. It gets smaller ones.
     case = Case(70, 9, "ragged", magnitude=100.0 if dtype == F16 or backend == "sdpa" else 3000.0)
     assert_as_exact_as_eager(run(case, dtype, backend, device), case, dtype, merges=backend == "sdpa")
 
@@ -218,6 +220,31 @@ def test_writing_into_an_output_is_never_silent(backend):
         expected = out_entities.clone()
         out_words.zero_()
     assert torch.equal(out_entities, expected)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "cpu"])
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(data=st.data())
+def test_any_ragged_batch(backend, data):
+    """Lengths, buffers larger than what the sequences cover, head sizes: against the reference in float64."""
+    batch, heads, head_dim = (data.draw(st.integers(1, n)) for n in (4, 3, 70))
+    stack = data.draw(st.sampled_from([3, 4]))
+    sizes = [data.draw(st.integers(0, n)) for n in (150, 70)]
+    lengths = [
+        torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=batch, max_size=batch))).int() for n in sizes
+    ]
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    inputs = [torch.randn(batch, n, stack, heads, head_dim, dtype=F64) for n in sizes]
+    inputs += [torch.randn(batch, n, heads, head_dim, dtype=F64) for n in sizes]
+    options = {"word_lengths": lengths[0], "entity_lengths": lengths[1]}
+    if data.draw(st.booleans()):
+        options |= {"dropout_p": 0.3, "seed": torch.tensor([5, 6])}
+    expected, results = (
+        with_gradients(lambda w, e, name=name: entity_aware_attention(w, e, **options, backend=name), inputs)
+        for name in ("reference", backend)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-11, atol=1e-11)
 
 
 def test_autocast():

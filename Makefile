@@ -1,0 +1,54 @@
+# make test    build the sdist, from it the wheel, and run all tests on the installed wheel
+# make demo    the main job: the op on real sentences
+# Each needs Python, make and a C++ compiler, and installs the rest into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Triton of the GPU machines' PyTorch, for compiling the kernels; the newest, in .venv, interprets them.
+TRITON36 := build/triton-3.6.0
+SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
+	-o -name '*.jsonl' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md
+
+.PHONY: test test-all demo lint build clean
+
+test: $(VENV)/wheel $(TRITON36)
+	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto $(PYTEST_ARGS)
+
+test-all: PYTEST_ARGS += -m "slow or not slow"
+test-all: test
+
+demo: $(VENV)/wheel
+	$(BIN)/luke-kernels demo
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# For development: the source tree itself, extension built in place.
+build: $(VENV)/ready
+	rm -f $(VENV)/wheel
+	$(INSTALL) --no-deps --editable .
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) typer rich triton numpy pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
+		import-linter build
+	touch $@
+
+# From the sdist, so that what it lacks is missed.
+$(VENV)/wheel: $(VENV)/ready $(SOURCES)
+	rm -rf dist build/lib build/temp.* luke_kernels/_C.*.so
+	$(BIN)/python -m build --outdir dist .
+	$(INSTALL) --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+$(TRITON36): $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info luke_kernels/_C.*.so

@@ -1,0 +1,1 @@
+"""Benchmarks of luke_kernels: `python -m benchmarks --help`."""

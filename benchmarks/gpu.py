@@ -1,0 +1,122 @@
+"""`python -m benchmarks.gpu --out DIR`: all that waits for a GPU, in one bounded run.
+
+Builds the extension, runs the GPU tests, measures attention, writes records, report, logs and summary.json into DIR.
+"""
+
+import faulthandler
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import attention, cases, console, records, report, timing
+from benchmarks.contenders import OURS
+
+app = typer.Typer(add_completion=False)
+DTYPES = (torch.bfloat16, torch.float16)
+REPEATS = 30
+# Kept for the report; and how long a kernel that hangs may overrun before the process ends itself.
+RESERVE_S = 20
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="folder for at most 8 files")],
+    minutes: Annotated[float, typer.Option(min=1, help="bound of the whole run")] = 8,
+) -> None:
+    """Build, test and measure on a GPU. Ends with 0 where tests ran, all passed, and no gate of ours failed."""
+    if not torch.cuda.is_available():
+        raise console.CommandError("no GPU that torch can see")
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    deadline = begin + 60 * minutes - RESERVE_S
+    faulthandler.dump_traceback_later(60 * minutes + RESERVE_S, exit=True)
+    device = torch.device("cuda")
+    summary: dict[str, Any] = {"complete": False} | records.describe_run(device)
+
+    def note(**entries: Any) -> None:
+        """Add to summary.json at once: a run that is cut short leaves what it knows."""
+        summary.update(entries, seconds=round(time.monotonic() - begin, 1))
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    note()
+    note(build=_run(["setup.py", "build_ext", "--inplace"], out / "build.log", deadline))
+    # Half of what is left: the benchmark needs its share.
+    half = (time.monotonic() + deadline) / 2
+    note(tests=_tests_status(_run(["-m", "pytest", "-m", "gpu", "tests"], out / "pytest.log", half), out))
+    found = _measure(device, out, deadline, summary)
+    if found:
+        report.render(found, out)
+    bad = [r for r in found if r["gate"] == "wrong" or (r["gate"] == "failed" and r["contender"].startswith(OURS))]
+    note(
+        gates={gate: sum(r["gate"] == gate for r in found) for gate in ("pass", "none", "wrong", "failed")},
+        bad=[attention.summary(r) for r in bad],
+        peers_failed=sorted({f"{r['contender']}: {r['message']}" for r in found if r["gate"] == "failed"}),
+        complete=True,
+    )
+    print(json.dumps(summary, indent=2))
+    passed = summary["build"] == "rc 0" and summary["tests"] == "passed" and found and not bad and not summary["errors"]
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _run(arguments: list[str], log: Path, deadline: float) -> str:
+    """Run Python in the root of the repository; return "rc N" or "timed out"."""
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=records.ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(deadline - time.monotonic(), 1),
+            )
+        except subprocess.TimeoutExpired:
+            return "timed out"
+    return f"rc {done.returncode}"
+
+
+def _tests_status(ended: str, out: Path) -> str:
+    """Return "passed" only where at least one test ran: pytest ends with 0 also where all were skipped."""
+    ran = re.search(r"\b[1-9]\d* passed", (out / "pytest.log").read_text())
+    if ended == "rc 5" or (ended == "rc 0" and not ran):
+        return "no tests ran"
+    return "passed" if ended == "rc 0" else f"failed ({ended})"
+
+
+def _measure(device: torch.device, out: Path, deadline: float, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run what fits before the deadline; note in the summary what was skipped and what broke a whole case."""
+    run = {name: summary[name] for name in records.FIELDS if name in summary}
+    found, longest_s = [], 0.0
+    skipped = summary["skipped"] = []
+    errors = summary["errors"] = []
+    # Case by case over the dtypes: a run cut short has both.
+    for name in cases.GPU_CASES:
+        for dtype in DTYPES:
+            label, begin = f"{name} {dtype}", time.monotonic()
+            if begin + longest_s > deadline:
+                skipped.append(label)
+                continue
+            try:
+                peak_tflops = timing.measure_peak(dtype, device)
+                case = cases.parse(name, cases.DEVICE_HEADS["cuda"])
+                new = attention.run_case(case, dtype, device, cases.DIRECTIONS, REPEATS, peak_tflops, run)
+            except timing.failures() as error:
+                errors.append(f"{label}: {timing.described(error)}")
+                continue
+            records.append(new, out / "attention-cuda.jsonl")
+            print(*map(attention.summary, new), sep="\n", flush=True)
+            found += new
+            torch.cuda.empty_cache()
+            longest_s = max(longest_s, time.monotonic() - begin)
+    return found
+
+
+if __name__ == "__main__":
+    console.run(app)

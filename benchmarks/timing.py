@@ -1,0 +1,129 @@
+"""Time, memory and the peak of the machine."""
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+WARM_UP = 2
+# Larger than any L2 so far (B200: 126 MB).
+FLUSH_BYTES = 256 * 2**20
+_PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+# A matmul this long shows the peak; where torch has no fast one (float16 on most CPUs), more would take minutes.
+_PEAK_MS = 50
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """Return what a contender may raise where it cannot run: torch's errors and, once it is imported, Triton's."""
+    if "triton" not in sys.modules:
+        return (RuntimeError, ImportError)
+    from triton.errors import TritonError
+
+    return (RuntimeError, ImportError, TritonError)
+
+
+def described(error: BaseException) -> str:
+    """Return an error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def interleave(
+    calls: Mapping[str, Call], repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time calls in turns, each round beginning one call later, after WARM_UP rounds that do not count.
+
+    Returns:
+        Milliseconds of each call, `repeats` of them; and the message of each call that failed.
+    """
+    names = list(calls)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    stopwatches: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
+    for turn in range(WARM_UP + repeats):
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            if name in failed:
+                continue
+            try:
+                stopwatch = _timed(calls[name], flush)
+            except failures() as error:
+                failed[name] = described(error)
+                continue
+            if turn >= WARM_UP:
+                stopwatches[name].append(stopwatch)
+    if flush is not None:
+        torch.cuda.synchronize(device)
+    return {name: [read() for read in stopwatches[name]] for name in names if name not in failed}, failed
+
+
+def _timed(call: Call, flush: Tensor | None) -> Callable[[], float]:
+    """Run a call and return what reads its milliseconds: on a GPU only after a sync, so that launches queue up."""
+    if flush is None:
+        begin = time.perf_counter()
+        call()
+        elapsed_ms = (time.perf_counter() - begin) * 1e3
+        return lambda: elapsed_ms
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin_event.record()
+    call()
+    end_event.record()
+    return lambda: begin_event.elapsed_time(end_event)
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Return median_ms, p20_ms and p80_ms."""
+    values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return dict(zip(("median_ms", "p20_ms", "p80_ms"), values.tolist(), strict=True))
+
+
+def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
+    """Return by how much memory grows at most during a call, its results included.
+
+    On a GPU what torch's allocator holds; on Linux the resident set of the process (pages, so small calls come out as
+    0 or some hundred KiB; buffers that a library keeps between calls count as there before); elsewhere None.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # Free memory that malloc kept would be reused without growth.
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM (man 5 proc)
+    except (OSError, AttributeError):
+        return None
+    call()
+    return max(_status_bytes("VmHWM") - before, 0)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the TFLOP/s of torch's large square matmul, the fastest of a few runs.
+
+    On a CPU that can be far below what its FMA units reach; hence the name of the field, `matmul_peak_tflops`.
+    """
+    size, fastest_ms = 256, 0.0
+    while fastest_ms < _PEAK_MS and size < _PEAK_SIZE[device.type]:
+        size *= 2
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        samples, failed = interleave({"matmul": functools.partial(torch.matmul, a, b)}, 5, device)
+        if failed:
+            raise RuntimeError(f"the matmul of the peak must run, got {failed['matmul']}")
+        fastest_ms = min(samples["matmul"])
+    return 2 * size**3 / fastest_ms / 1e9

@@ -1,0 +1,68 @@
+"""A quick check of backends against the reference, in float64, on a small ragged batch."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luke_kernels.ops import entity_aware_attention
+from luke_kernels.ops.backends import reason_against
+
+HEADS, HEAD_DIM = 2, 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest errors of a backend and of the reference in the same dtype, against the reference in float64."""
+
+    backend: str
+    dtype: torch.dtype
+    error: float
+    reference_error: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        # A NaN must not pass.
+        return self.error <= 3 * self.reference_error + 1e-6
+
+
+def check_backend(backend: str, device: torch.device | str = "cpu") -> list[Check]:
+    """Run forward and backward in every dtype the backend takes there."""
+    checks = []
+    for dtype in DTYPES:
+        if reason_against(backend, torch.device(device), dtype, HEAD_DIM) is not None:
+            continue
+        inputs = [t.to(device, dtype) for t in _inputs()]
+        truth = _outputs_and_gradients("reference", [t.double() for t in inputs])
+        reference = _outputs_and_gradients("reference", inputs)
+        start = time.perf_counter()
+        results = _outputs_and_gradients(backend, inputs)
+        seconds = time.perf_counter() - start
+        checks.append(Check(backend, dtype, _distance(results, truth), _distance(reference, truth), seconds))
+    return checks
+
+
+def _inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 70, 4), (2, 9, 4), (2, 70), (2, 9)]
+    return [torch.randn(*shape, HEADS, HEAD_DIM, generator=generator) for shape in shapes]
+
+
+def _outputs_and_gradients(backend: str, inputs: list[Tensor]) -> list[Tensor]:
+    words, entities, *douts = inputs
+    words, entities = words.detach().requires_grad_(), entities.detach().requires_grad_()
+    word_lengths = torch.tensor([70, 33], dtype=torch.int32, device=words.device)
+    entity_lengths = torch.tensor([4, 9], dtype=torch.int32, device=words.device)
+    out_words, out_entities = entity_aware_attention(
+        words, entities, word_lengths=word_lengths, entity_lengths=entity_lengths, backend=backend
+    )
+    assert out_entities is not None
+    outs = [out_words, out_entities]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, [words, entities], douts)]
+
+
+def _distance(results: list[Tensor], truth: list[Tensor]) -> float:
+    return max((a.double() - b).abs().max().item() for a, b in zip(results, truth, strict=True))

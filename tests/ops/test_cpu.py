@@ -1,0 +1,71 @@
+"""What is particular to the C++ kernels: threads, forks, scratch memory."""
+
+import os
+import threading
+
+import pytest
+import torch
+from attention_cases import Case, run
+
+from luke_kernels import entity_aware_attention
+from luke_kernels.ops.layout import Layout, empty_outputs
+
+cpu = pytest.importorskip("luke_kernels.ops.backends.cpu", reason="luke_kernels._C is not built")
+
+
+def test_threads_change_no_bit():
+    case, before = Case(130, 33, "ragged", head_dim=80), torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(case, torch.float32, "cpu", dropout_p=0.1, seed=torch.tensor([1, 2])))
+    torch.set_num_threads(before)
+    for name, expected in results[0].items():
+        assert all(torch.equal(result[name], expected) for result in results[1:]), name
+
+
+def test_several_python_threads_at_once():
+    case = Case(130, 33, "ragged")
+    expected, results = run(case, torch.float32, "cpu"), []
+    threads = [threading.Thread(target=lambda: results.append(run(case, torch.float32, "cpu"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(torch.equal(result[name], value) for result in results for name, value in expected.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_runs_and_does_not_hang():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    words = torch.randn(2, 200, 4, 2, 32)
+    expected = entity_aware_attention(words, backend="cpu")[0]
+    child = os.fork()
+    if child == 0:
+        # The child may not return into pytest, whatever happens.
+        same = False
+        try:
+            same = torch.equal(entity_aware_attention(words, backend="cpu")[0], expected)
+        finally:
+            os._exit(0 if same else 1)
+    waiting = threading.Timer(60, lambda: os.kill(child, 9))
+    waiting.start()
+    _, status = os.waitpid(child, 0)
+    waiting.cancel()
+    torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_scratch_does_not_grow_with_the_tokens():
+    def scratch_bytes(tokens: int) -> int:
+        words, entities = torch.zeros(tokens, 4, 12, 64), torch.zeros(0, 4, 12, 64)
+        lengths, none = torch.tensor([tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        layout = Layout(none, lengths, none, none, tokens, 0, True)
+        params = cpu.parameters(words, entities, layout, 1.0, 0.0, None, *empty_outputs(words, entities, True))
+        params.num_threads = 2
+        return cpu._C.attention_scratch_bytes_cpu(params)
+
+    assert scratch_bytes(16) == scratch_bytes(5000) < 2 * 2**19

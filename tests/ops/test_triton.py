@@ -1,0 +1,224 @@
+"""The Triton backend: what its tiles, buffers and compilers could get wrong. Without a GPU, in the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import rounding_floor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+import triton.language as tl
+
+from luke_kernels.ops import backends, dropout, reference
+from luke_kernels.ops.backends import triton as backend
+from luke_kernels.ops.layout import Layout
+
+DEVICE = torch.device("cpu" if backends.interpreting() else "cuda")
+pytestmark = [] if backends.interpreting() else [pytest.mark.gpu]
+# Lengths that cross tiles of 16, fill them, leave one over; sequences without words, entities, tokens.
+WORDS, ENTITIES = (33, 16, 0, 1, 0), (17, 0, 16, 3, 0)
+SEED = (2**40 + 12345, -5)
+
+_reason = backends.reason_against("triton", DEVICE, torch.float32, 64)
+runs_here = pytest.mark.skipif(_reason is not None, reason=f"the triton backend cannot run here: {_reason}")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    return use_tiles(monkeypatch, 16, 16)
+
+
+def use_tiles(monkeypatch, block_m, block_n):
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(backend, "config", lambda kernel, dtype, block_d: tile)
+
+
+def packed(words, entities):
+    """Return the layout of sequences that lie one after the other."""
+    offsets = [torch.tensor([0, *lengths[:-1]]).cumsum(0) for lengths in (words, entities)]
+    tensors = (offsets[0], torch.tensor(words), offsets[1], torch.tensor(entities))
+    return Layout(*(t.to(DEVICE, torch.int32) for t in tensors), max(words), max(entities), True)
+
+
+def padded(words, entities, pitch_w, pitch_e):
+    """Return the layout of right-padded sequences."""
+    steps = torch.arange(len(words))
+    tensors = (steps * pitch_w, torch.tensor(words), steps * pitch_e, torch.tensor(entities))
+    return Layout(*(t.to(DEVICE, torch.int32) for t in tensors), pitch_w, pitch_e, False)
+
+
+def draw(num_words, num_entities, stack=4, heads=2, head_dim=16, generator_seed=0):
+    """Return words, entities, dout_words, dout_entities in float64."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    shapes = [(t, *rest) for rest in ((stack, heads, head_dim), (heads, head_dim)) for t in (num_words, num_entities)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE) for shape in shapes]
+
+
+def run(module, tensors, dtype, layout, scale=0.25, dropout_p=0.0, seed=SEED):
+    """Return out, lse, dwords, dentities."""
+    words, entities, dout_words, dout_entities = (t.to(dtype) for t in tensors)
+    options = (layout, scale, dropout_p, torch.tensor(seed, device=DEVICE) if dropout_p else None)
+    assert torch.empty(1, device=DEVICE).isnan()  # A row that no kernel writes shows.
+    out, lse = module.forward(words, entities, *options)
+    return out, lse, *module.backward(dout_words, dout_entities, out, lse, words, entities, *options)
+
+
+def check(tensors, dtype, layout, **options):
+    """Hold the backend to the error of the reference in the same dtype, both against float64."""
+    tensors = [t.to(dtype).double() for t in tensors]
+    exact = run(reference, tensors, torch.float64, layout, **options)
+    same_dtype = run(reference, tensors, dtype, layout, **options)
+    got = run(backend, tensors, dtype, layout, **options)
+    names, factors = ("out", "lse", "dwords", "dentities"), (2, 2, 3, 3)
+    for name, factor, ours, theirs, true in zip(names, factors, got, same_dtype, exact, strict=True):
+        assert ours.dtype == (torch.float32 if name == "lse" else dtype)
+        error, allowed = ((t - true).abs().amax().item() if t.numel() else 0 for t in (ours, theirs))
+        allowed = factor * allowed + rounding_floor(true, ours.dtype, tensors[2:], [t[:, -1] for t in tensors[:2]])
+        # Not `error > allowed`: a NaN must fail.
+        assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
+    return got
+
+
+def assert_bitwise_equal(first, second):
+    for name, a, b in zip(("out", "lse", "dwords", "dentities"), first, second, strict=True):
+        assert torch.equal(a, b), name
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("dtype", "stack", "head_dim", "tiles"),
+    [
+        (torch.float32, 4, 16, (16, 16)),
+        (torch.float16, 4, 20, (16, 32)),
+        (torch.float32, 3, 5, (32, 16)),
+        (torch.float16, 3, 32, (16, 16)),
+    ],
+)
+def test_tails_and_boundaries_of_segments(monkeypatch, dtype, stack, head_dim, tiles):
+    use_tiles(monkeypatch, *tiles)
+    check(draw(sum(WORDS), sum(ENTITIES), stack, head_dim=head_dim), dtype, packed(WORDS, ENTITIES))
+
+
+@runs_here
+def test_every_slot_is_written():
+    """The query towards a kind that a sequence has not gets zero, in buffers that start as NaN."""
+    layout = packed((20, 0), (0, 3))
+    *_, dwords, dentities = check(draw(20, 3), torch.float32, layout)
+    assert (dwords[:, 1] == 0).all()
+    assert (dentities[:, 0] == 0).all()
+
+
+@runs_here
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 16)])
+def test_dropout_is_the_references_in_any_tile(monkeypatch, tiles):
+    use_tiles(monkeypatch, *tiles)
+    tensors = draw(sum(WORDS[:3]), sum(ENTITIES[:3]))
+    check(tensors, torch.float32, packed(WORDS[:3], ENTITIES[:3]), dropout_p=0.3)
+
+
+@triton.jit
+def kept_kernel(mask, seed, threshold, row_is_entity, COLUMN_IS_ENTITY: tl.constexpr, N: tl.constexpr):
+    """Write the mask of program (0, head, sequence), (N, N), as the kernels draw it."""
+    draws, offs = backend._draws(seed, tl.program_id(2), threshold, True), tl.arange(0, N)
+    kept = backend._kept(draws, offs[:, None], offs[None, :], row_is_entity, COLUMN_IS_ENTITY)
+    mask += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * N * N
+    tl.store(mask + offs[:, None] * N + offs[None, :], kept.to(tl.int8))
+
+
+@runs_here
+@pytest.mark.parametrize("dropout_p", [0.1, 0.75, 0.0])
+@pytest.mark.parametrize("seed", [SEED, (0, 0), (-1, 2**63 - 1)])
+def test_draws_are_those_of_the_rule(seed, dropout_p):
+    seed = torch.tensor(seed, device=DEVICE)
+    for row, column in ((False, False), (False, True), (True, False), (True, True)):
+        mask = torch.empty(3, 2, 16, 16, dtype=torch.int8, device=DEVICE)
+        kept_kernel[1, 2, 3](mask, seed, dropout.threshold(dropout_p), row, column, 16, enable_fp_fusion=True)
+        assert torch.equal(mask.bool(), dropout.keep_mask(seed, dropout_p, range(3), 2, 16, range(16), row, column))
+
+
+@runs_here
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+def test_scale_of_any_sign(scale):
+    check(draw(20, 5), torch.float32, packed((20,), (5,)), scale=scale)
+
+
+@runs_here
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_absent_keys_stay_out_of_far_off_scores(sign, dtype):
+    """Scores near +-200: an absent key, which scores 0, would win the softmax or overflow."""
+    words, entities, *douts = draw(18, 3)
+    for stack in (words, entities):
+        stack[:, :2] = 5 + stack[:, :2] / 16
+        stack[:, 2] = sign * (10 + stack[:, 2] / 16)
+    check((words, entities, *douts), dtype, packed((18,), (3,)))
+
+
+@runs_here
+def test_pads_and_strides_change_nothing():
+    """NaN in pads reaches nothing, rows in no sequence come out as zero, and any strides give the same bits."""
+    words, entities = (18, 3, 0), (0, 2, 4)
+    layout = padded(words, entities, 20, 17)
+    tensors = draw(60, 51)
+    present = [
+        (torch.arange(pitch) < torch.tensor(lengths)[:, None]).flatten().to(DEVICE)
+        for pitch, lengths in ((20, words), (17, entities))
+    ] * 2
+    for tensor, exists in zip(tensors, present, strict=True):
+        tensor[~exists] = 0
+    clean = run(backend, tensors, torch.float32, layout)
+    for tensor, exists in zip(tensors, present, strict=True):
+        tensor[~exists] = torch.nan
+    # Same values, heads outermost: strides of another order, on top of gaps between the rows.
+    strided = [torch.stack([t, t], dim=-2).transpose(0, -3).contiguous().transpose(0, -3)[..., 0, :] for t in tensors]
+    assert all(t.stride() != s.stride() for t, s in zip(tensors, strided, strict=True))
+    assert_bitwise_equal(run(backend, tensors, torch.float32, layout), clean)
+    assert_bitwise_equal(run(backend, strided, torch.float32, layout), clean)
+    out, lse, dwords, dentities = clean
+    absent = ~torch.cat(present[:2])
+    assert (lse[:, absent] == torch.inf).all()
+    for zero in (out[absent], dwords[~present[0]], dentities[~present[1]]):
+        assert (zero == 0).all()
+
+
+@runs_here
+def test_lengths_are_kept_inside_the_buffers():
+    """Lengths on a GPU are not checked: too large ones must not reach past the buffers or the grid."""
+    layout = packed((5, 18), (2, 3))
+    beyond = layout._replace(word_lengths=layout.word_lengths + layout.word_lengths.new_tensor([0, 1000]))
+    beyond = beyond._replace(entity_lengths=layout.entity_lengths + layout.entity_lengths.new_tensor([0, 1000]))
+    tensors = draw(23, 5)
+    assert_bitwise_equal(run(backend, tensors, torch.float32, beyond), run(backend, tensors, torch.float32, layout))
+
+
+@runs_here
+def test_two_runs_are_bitwise_equal():
+    tensors, layout = draw(35, 20), packed((30, 5), (0, 20))
+    first, second = (run(backend, tensors, torch.float16, layout, dropout_p=0.2) for _ in range(2))
+    assert_bitwise_equal(first, second)
+
+
+@pytest.mark.parametrize("which", ["installed", "3.6"])
+def test_compiles_for_every_chip(which):
+    folder = os.environ.get("LUKE_KERNELS_TRITON36")
+    if which == "3.6" and folder is None:
+        pytest.skip("LUKE_KERNELS_TRITON36 names no folder that holds Triton 3.6")
+    # The package that this process tests, which need not be the source tree.
+    path = [*([folder] if which == "3.6" else []), str(Path(backends.__file__).parents[3])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TRITON_INTERPRET": "0"}
+    script = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_triton.py")], env=environment, capture_output=True, text=True
+    )
+    assert script.returncode == 0, script.stdout + script.stderr
+    records = [json.loads(line) for line in script.stdout.splitlines()]
+    assert {(r["kernel"], r["sm"]) for r in records} == {
+        (kernel, sm) for kernel in ("fwd", "bwd_dq", "bwd_dkdv") for sm in (80, 90, 100)
+    }
+    version = triton.__version__ if which == "installed" else "3.6"
+    assert all(r["triton"].startswith(version) for r in records)

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from luke_kernels import PackedLengths
+
+
+def test_from_lengths():
+    packed = PackedLengths.from_lengths([3, 0, 5], [1, 2, 0])
+    assert packed.cu_words.tolist() == [0, 3, 3, 8]
+    assert packed.cu_entities.tolist() == [0, 1, 3, 3]
+    assert (packed.max_words, packed.max_entities) == (5, 2)
+    assert packed.cu_words.dtype == packed.cu_entities.dtype == torch.int32
+    assert packed.to("meta").cu_words.device.type == "meta"
+
+
+def test_no_sequences():
+    packed = PackedLengths.from_lengths([], [])
+    assert packed.cu_words.tolist() == [0]
+    assert packed.max_words == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (([1, 2], [1]), "entity_lengths must have one length a sequence, 2, got 1"),
+        (([1, -2], [1, 1]), "word_lengths must not be negative, got -2"),
+    ],
+)
+def test_bad_lengths(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        PackedLengths.from_lengths(*lengths)
