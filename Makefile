@@ -37,7 +37,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) typer rich triton numpy pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
-		import-linter build
+		import-linter build "setuptools>=77"
 	touch $@
 
 # From the sdist, so that what it lacks is missed.

@@ -43,10 +43,12 @@ class NinjaBuildExt(build_ext):
     """Writes one build.ninja an extension and runs it: parallel, and only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        sources = [*ext.sources, *cuda_sources()]
+
         import ninja
         import pybind11
 
-        compiler = find_compiler()
         openmp = ["-fopenmp"] if runs(compiler, "-fopenmp") else []
         includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         flags = [*CXX_FLAGS, *openmp, *includes, *os.environ.get("CXXFLAGS", "").split()]
@@ -55,7 +57,7 @@ class NinjaBuildExt(build_ext):
         folder = Path(self.build_temp).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
-        objects = {folder / Path(source).with_suffix(".o"): Path(source).absolute() for source in ext.sources}
+        objects = {folder / Path(source).with_suffix(".o"): Path(source).absolute() for source in sources}
         lines = [
             "rule compile",
             f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
@@ -77,5 +79,5 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), *cuda_sources()]
+sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 setup(ext_modules=[Extension("luke_kernels._C", sources)], cmdclass={"build_ext": NinjaBuildExt})

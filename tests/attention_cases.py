@@ -107,15 +107,26 @@ def truth_and_eager(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], 
     return truth, with_gradients(lambda w, e: eager(w, e, *exists), inputs)
 
 
-def rounding_floor(truth: Tensor, dtype: torch.dtype, douts: list[Tensor], values: list[Tensor]) -> float:
-    """Return the error that no implementation in dtype can be blamed for."""
+def rounding_floor(
+    truth: Tensor, dtype: torch.dtype, douts: list[Tensor], values: list[Tensor], factors: list[Tensor] | None = None
+) -> float:
+    """Return the error that no implementation in dtype can be blamed for.
+
+    `factors`: for gradients, the queries and keys. The softmax's gradient is the difference of two sums of D products,
+    dout . v and dout . out, equal but for eps * sqrt(D) * |dout| * |v| where they are added in another order; a query
+    or key and the scale D ** -0.5 multiply it.
+    """
     if truth.numel() == 0:
         return 0.0
     rounded = truth.to(dtype)
     rounding = ((rounded + 0.3) - 0.3 - rounded).abs().max().item()
     accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    largest = [max((t.abs().max().item() for t in tensors if t.numel()), default=0.0) for tensors in (douts, values)]
-    return 2 * rounding + accumulator * largest[0] * largest[1]
+    bound = accumulator * _largest(douts) * _largest(values)
+    return 2 * rounding + (bound if factors is None else bound * max(1.0, _largest(factors)))
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
 
 
 def assert_as_exact_as_eager(results: dict[str, Tensor], case: Case, dtype: torch.dtype, merges: bool = False) -> None:
@@ -132,23 +143,20 @@ def assert_as_exact_as_eager(results: dict[str, Tensor], case: Case, dtype: torc
         error = (results[name].cpu().double() - expected).abs().max().item()
         eager_error = (reference[name].double() - expected).abs().max().item()
         factor = 2 if name.startswith("out") else 3
-        floor = rounding_floor(expected, dtype, douts, [words[:, :, -1], entities[:, :, -1]])
+        factors = None if factor == 2 else [words[:, :, :-1], entities[:, :, :-1]]
+        floor = rounding_floor(expected, dtype, douts, [words[:, :, -1], entities[:, :, -1]], factors)
         if case.magnitude != 1 and (factor == 3 or merges):
-            floor += (1 + merges) * _floor_of_big_scores(case, expected, floor)
+            floor += (1 + merges) * _floor_of_big_scores(case, expected)
         bound = factor * eager_error + floor
         # Not `error > bound`: a NaN must fail.
         assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} ({factor} x eager's {eager_error:.3g})"
 
 
-def _floor_of_big_scores(case: Case, gradient: Tensor, floor: float) -> float:
-    """Return what one float32 log-sum-exp a row costs: it holds probabilities to eps * |score|, relative.
-
-    And the two sums whose difference the softmax's gradient takes agree to eps only, before the queries multiply it.
-    """
+def _floor_of_big_scores(case: Case, result: Tensor) -> float:
+    """Return what one float32 log-sum-exp a row costs: it holds probabilities to eps * |score|, relative."""
     words, entities, *_ = case.inputs(torch.float64)
-    queries, keys = (max(t[:, :, slot].abs().max().item() for t in (words, entities)) for slot in (0, -2))
-    scores = queries * keys * case.head_dim**-0.5
-    return torch.finfo(torch.float32).eps * scores * gradient.abs().max().item() + floor * queries * case.head_dim**-0.5
+    queries, keys = (_largest([t[:, :, slot] for t in (words, entities)]) for slot in (0, -2))
+    return torch.finfo(torch.float32).eps * queries * keys * case.head_dim**-0.5 * _largest([result])
 
 
 def run(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> dict[str, Tensor]:
