@@ -1,0 +1,140 @@
+"""What only a GPU can show of the public functions: streams, graphs, syncs, memory, copies."""
+
+import pytest
+import torch
+
+from luke_kernels import EntityAwareSelfAttention, PackedLengths, entity_aware_attention, entity_aware_attention_varlen
+
+pytestmark = pytest.mark.gpu
+BATCH, WORDS, ENTITIES, HEADS, DIM = 4, 130, 33, 4, 64
+
+
+def _inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    shapes = [(BATCH, n, 4, HEADS, DIM) for n in (WORDS, ENTITIES)]
+    words, entities = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+    return words, entities
+
+
+def _lengths() -> dict[str, torch.Tensor]:
+    return {
+        "word_lengths": torch.tensor([130, 64, 1, 0], dtype=torch.int32, device="cuda"),
+        "entity_lengths": torch.tensor([33, 0, 16, 0], dtype=torch.int32, device="cuda"),
+    }
+
+
+def _step(words: torch.Tensor, entities: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+    outs = entity_aware_attention(words, entities, backend="triton", **options)
+    return *outs, *torch.autograd.grad(outs, (words, entities), [torch.ones_like(out) for out in outs])
+
+
+def test_nothing_waits_for_the_device():
+    words, entities = _inputs()
+    masks, lengths = {"word_mask": torch.rand(BATCH, WORDS, device="cuda") < 0.5}, _lengths()
+    packed = PackedLengths.from_lengths([WORDS] * BATCH, [ENTITIES] * BATCH).to("cuda")
+    calls = [
+        lambda: _step(words, entities),
+        lambda: _step(words, entities, **lengths),
+        lambda: _step(words, entities, **masks),
+        lambda: _step(words, entities, dropout_p=0.1),
+        lambda: entity_aware_attention_varlen(
+            words.flatten(0, 1), entities.flatten(0, 1), packed.cu_words, packed.cu_entities, WORDS, ENTITIES
+        ),
+    ]
+    for call in calls:
+        call()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_ten_runs_are_bitwise_equal():
+    words, entities = _inputs()
+    options = {**_lengths(), "dropout_p": 0.1, "seed": torch.tensor([1, 2], device="cuda")}
+    first = _step(words, entities, **options)
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, _step(words, entities, **options), strict=True))
+
+
+def test_graph_capture():
+    words, entities = _inputs()
+    lengths = _lengths()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _step(words, entities, **lengths)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(words, entities, **lengths)
+    with torch.no_grad():
+        words.normal_(), entities.normal_()
+        lengths["word_lengths"].copy_(torch.tensor([3, 130, 0, 77]))
+    graph.replay()
+    for a, b in zip(captured, _step(words, entities, **lengths), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_whole():
+    words, entities = _inputs()
+    torch._dynamo.reset()
+
+    def function(w, e, word_lengths):
+        return entity_aware_attention(w, e, word_lengths=word_lengths, backend="triton")
+
+    lengths = _lengths()["word_lengths"]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for a, b in zip(compiled(words, entities, lengths), function(words, entities, lengths), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_side_stream():
+    words, entities = _inputs()
+    expected = _step(words, entities)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = _step(words, entities)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_more_sequences_than_a_grid_axis_holds():
+    count = 70_000
+    packed = PackedLengths.from_lengths([1] * count, [0] * count).to("cuda")
+    words = torch.randn(count, 4, 1, 16, device="cuda", dtype=torch.bfloat16)
+    out, _ = entity_aware_attention_varlen(words, None, packed.cu_words, None, 1, 0, backend="triton")
+    assert torch.equal(out, words[:, 3])  # a sequence of one token returns its value
+
+
+def test_peak_memory():
+    words = torch.randn(1, 4096, 4, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    entities = torch.randn(1, 1024, 4, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    _step(words, entities)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _step(words, entities)
+    output_bytes = (words.nbytes + entities.nbytes) // 4
+    assert torch.cuda.max_memory_allocated() - before < 12 * output_bytes
+
+
+def test_no_activation_is_copied_in_the_module():
+    module = EntityAwareSelfAttention(HEADS * DIM, HEADS, backend="triton", device="cuda", dtype=torch.bfloat16)
+    hidden = [torch.randn(BATCH, n, HEADS * DIM, device="cuda", dtype=torch.bfloat16) for n in (WORDS, ENTITIES)]
+    module(*hidden)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        outs = module(*hidden)
+        torch.autograd.backward(outs, [torch.randn_like(out) for out in outs])
+    smallest = hidden[1].numel()
+    weights = {module.query.weight.numel() * stack for stack in (1, 4)}
+    copied = [
+        event.name
+        for event in profile.events()
+        if event.name in ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous")
+        for shape in event.input_shapes
+        if shape and torch.Size(shape).numel() >= smallest and torch.Size(shape).numel() not in weights
+    ]
+    assert copied == []
