@@ -42,6 +42,7 @@ void backward_rows(const AttentionParams& params, const Block& block, int64_t he
       load_rows<scalar_t>(params.projections, columns, params.key_slot(), head, head_dim, width, k);
       load_columns<scalar_t>(params.projections, columns, params.key_slot(), head, head_dim, kt);
       load_columns<scalar_t>(params.projections, columns, params.value_slot(), head, head_dim, vt);
+      // Absent columns score q . 0 = 0 and keep it: they add 0 * 0 to dq.
       multiply(kBlock, head_dim, q, kt, s);
       multiply(kBlock, head_dim, dout, vt, dp);
       if (factors) dropout_factors(params, block.b, head, rows, columns, factors);
@@ -51,7 +52,6 @@ void backward_rows(const AttentionParams& params, const Block& block, int64_t he
           const T gradient = dp[i * kBlock + j] * (factors ? factors[i * kBlock + j] : 1);
           ds = std::exp(ds * scale - lse[i]) * (gradient - delta[i]) * scale;
         }
-        std::fill(s + i * kBlock + columns.size, s + (i + 1) * kBlock, T{0});
       }
       multiply_add(width, kBlock, s, k, dq);
     }
@@ -89,7 +89,7 @@ void backward_keys(const AttentionParams& params, const Block& block, int64_t he
       load_columns<scalar_t>(params.projections, rows, query_slot, head, head_dim, qt);
       load_rows<scalar_t>(params.dout, rows, 0, head, head_dim, width, dout);
       load_columns<scalar_t>(params.dout, rows, 0, head, head_dim, doutt);
-      // Both tiles are transposed: keys are their rows.
+      // Both tiles are transposed: keys are their rows. Absent columns hold 0 and keep it.
       multiply(kBlock, head_dim, k, qt, p);
       multiply(kBlock, head_dim, v, doutt, ds);
       if (factors) dropout_factors(params, block.b, head, rows, columns, factors);
@@ -101,8 +101,6 @@ void backward_keys(const AttentionParams& params, const Block& block, int64_t he
           ds[ji] = probability * (ds[ji] * factor - delta[i]) * scale;
           p[ji] = probability * factor;
         }
-        std::fill(p + j * kBlock + rows.size, p + (j + 1) * kBlock, T{0});
-        std::fill(ds + j * kBlock + rows.size, ds + (j + 1) * kBlock, T{0});
       }
       multiply_add(width, kBlock, p, dout, dv);
       multiply_add(width, kBlock, ds, q, dk);

@@ -25,6 +25,7 @@ void forward_block(const AttentionParams& params, const Block& block, int64_t he
       const Range columns = block_of(keys, start);
       load_columns<scalar_t>(params.projections, columns, params.key_slot(), head, head_dim, kt);
       load_rows<scalar_t>(params.projections, columns, params.value_slot(), head, head_dim, width, v);
+      // Absent columns score q . 0 = 0 and keep it: they add 0 * 0 to the output.
       multiply(kBlock, head_dim, q, kt, s);
       if (factors) dropout_factors(params, block.b, head, rows, columns, factors);
       for (int64_t i = 0; i < rows.size; ++i) {
@@ -34,7 +35,6 @@ void forward_block(const AttentionParams& params, const Block& block, int64_t he
         const T rescale = std::exp(row_max[i] - new_max);
         T sum = 0;
         for (int64_t j = 0; j < columns.size; ++j) sum += row[j] = std::exp(row[j] - new_max);
-        std::fill(row + columns.size, row + kBlock, T{0});
         if (factors) {
           for (int64_t j = 0; j < columns.size; ++j) row[j] *= factors[i * kBlock + j];
         }

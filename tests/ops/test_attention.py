@@ -65,6 +65,14 @@ def test_big_scores(backend, device, dtype):
     assert_as_exact_as_eager(run(case, dtype, backend, device), case, dtype, merges=backend == "sdpa")
 
 
+@pytest.mark.parametrize(("backend", "device", "dtype"), [run for run in RUNS if run.values[2] != F64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_absent_keys_stay_out_of_far_off_scores(backend, device, dtype, sign):
+    """An absent key, which scores 0, would win the softmax, or overflow in the backward."""
+    case = Case(70, 9, "ragged", far_off=sign)
+    assert_as_exact_as_eager(run(case, dtype, backend, device), case, dtype, merges=backend == "sdpa")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_entities(backend):
     words = torch.randn(2, 5, 4, 2, 16, requires_grad=True)
