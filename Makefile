@@ -1,6 +1,6 @@
 # make test    build the sdist, from it the wheel, and run all tests on the installed wheel
 # make demo    the main job: the op on real sentences
-# Each needs Python, make and a C++ compiler, and installs the rest into .venv.
+# Each needs Linux, Python 3.11 or later, make and a C++ compiler, and installs the rest into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Triton of the GPU machines' PyTorch, for compiling the kernels; the newest, in .venv, interprets them.
 TRITON36 := build/triton-3.6.0
 SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
-	-o -name '*.jsonl' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md
+	-o -name '*.jsonl' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md LICENSE
 
 .PHONY: test test-all demo lint build clean
 
@@ -36,7 +36,9 @@ build: $(VENV)/ready
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) typer rich triton numpy pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
+	# torch for CUDA has brought its own triton; torch for the CPU needs one for the interpreter.
+	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
+	$(INSTALL) typer rich numpy pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
 		import-linter build "setuptools>=77"
 	touch $@
 
@@ -48,7 +50,9 @@ $(VENV)/wheel: $(VENV)/ready $(SOURCES)
 	touch $@
 
 $(TRITON36): $(VENV)/ready
+	rm -rf $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info luke_kernels/_C.*.so

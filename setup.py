@@ -1,6 +1,7 @@
 """Builds luke_kernels._C from csrc/ with ninja. All other metadata stands in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,14 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 
 
 def find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
+    """Return the command of the compiler: $CXX, which may hold a wrapper and flags, or the first that is found."""
+    chosen = os.environ.get("CXX", "")
+    if chosen.strip():
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            raise PlatformError(f"CXX must name a C++17 compiler, got {chosen!r}, which is not found")
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
             return name
     raise PlatformError("luke_kernels needs a C++17 compiler to build, found none of $CXX, c++, g++, clang++")
 
@@ -35,7 +42,7 @@ def cuda_sources() -> list[str]:
 
 def runs(compiler: str, *flags: str) -> bool:
     """Return whether the compiler builds a shared library with these flags."""
-    command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", os.devnull, *flags]
+    command = [*shlex.split(compiler), "-x", "c++", "-", "-shared", "-fPIC", "-o", os.devnull, *flags]
     return subprocess.run(command, input=b"int f() { return 0; }", capture_output=True).returncode == 0
 
 

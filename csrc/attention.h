@@ -56,6 +56,9 @@ struct AttentionParams {
   int64_t value_slot() const { return stack - 1; }
 };
 
+// Whether the CPU kernels run on more than one thread.
+bool has_openmp();
+
 // Bytes of scratch memory the CPU kernels take; they depend on head_dim and num_threads, not on the tokens.
 size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 

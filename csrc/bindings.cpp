@@ -62,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("offset", &lk::AttentionParams::offset)
       .def_readwrite("num_threads", &lk::AttentionParams::num_threads);
 
+  m.def("has_openmp", &lk::has_openmp);
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
   m.def("attention_forward_cpu", &run_with_scratch<lk::attention_forward_cpu>,
         py::call_guard<py::gil_scoped_release>());

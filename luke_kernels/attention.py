@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from luke_kernels.ops.attention import (
     attention_with_probabilities,
+    check_dropout,
     entity_aware_attention,
     entity_aware_attention_varlen,
 )
+from luke_kernels.ops.backends import check_name
 from luke_kernels.packing import PackedLengths
 
 
@@ -32,7 +34,7 @@ class EntityAwareSelfAttention(nn.Module):
         backend: As in `luke_kernels.entity_aware_attention`.
 
     Raises:
-        ValueError: hidden_size is not a multiple of num_heads, or dropout is outside [0, 1).
+        ValueError, TypeError: hidden_size is no multiple of num_heads, dropout not in [0, 1), backend unknown.
 
     Source: Yamada et al. 2020, "LUKE", section 3.2.
     """
@@ -49,10 +51,13 @@ class EntityAwareSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {size!r}")
         if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads, {num_heads}, got {hidden_size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_dropout("dropout", dropout)
+        check_name(backend)
         self.hidden_size, self.num_heads, self.dropout = hidden_size, num_heads, dropout
         self.entity_aware, self.backend = entity_aware, backend
         names = ("query", "key", "value", *(("w2e_query", "e2w_query", "e2e_query") if entity_aware else ()))
@@ -91,6 +96,8 @@ class EntityAwareSelfAttention(nn.Module):
         """
         dims = 3 if packed is None else 2
         for name, hidden in (("word_hidden", word_hidden), ("entity_hidden", entity_hidden)):
+            if name == "word_hidden" and not isinstance(hidden, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(hidden).__name__}")
             if hidden is not None and (hidden.dim() != dims or hidden.shape[-1] != self.hidden_size):
                 shape = f"(B, tokens, {self.hidden_size})" if packed is None else f"(tokens, {self.hidden_size})"
                 raise ValueError(f"{name} must be {shape}, got {tuple(hidden.shape)}")
@@ -104,6 +111,8 @@ class EntityAwareSelfAttention(nn.Module):
             "entity_lengths": entity_lengths,
         }
         if packed is not None:
+            if not isinstance(packed, PackedLengths):
+                raise TypeError(f"packed must be PackedLengths, got {type(packed).__name__}")
             for name, value in {**masks, "output_attentions": output_attentions or None}.items():
                 if value is not None:
                     raise ValueError(f"{name} must not be given with packed, got {value}")
@@ -148,7 +157,7 @@ class EntityAwareSelfAttention(nn.Module):
             weight = torch.cat([linear.weight for linear in linears])
             bias = torch.cat([linear.bias for linear in linears])
             stacked = F.linear(hidden, weight, bias)
-        return stacked.view(*hidden.shape[:-1], len(linears), self.num_heads, -1)
+        return stacked.view(*hidden.shape[:-1], len(linears), self.num_heads, self.hidden_size // self.num_heads)
 
     def extra_repr(self) -> str:
         return (
@@ -166,7 +175,8 @@ def _fusable(linears: list[nn.Linear]) -> bool:
     return all(
         type(linear) is nn.Linear
         and type(linear.weight) in (nn.Parameter, Tensor)
-        and linear.bias is not None
+        and type(linear.bias) in (nn.Parameter, Tensor)
+        and "forward" not in vars(linear)  # how accelerate hooks
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)
         for linear in linears

@@ -27,6 +27,10 @@ def facts() -> dict[str, str]:
         "CPU": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "GPU": "none that torch can see",
     }
+    if TABLE["cpu"].missing() is None:
+        from luke_kernels import _C
+
+        found["csrc"] = "built, with OpenMP" if _C.has_openmp() else "built without OpenMP: one thread"
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         found["GPU"] = f"{torch.cuda.get_device_name()}, sm_{capability}, CUDA {torch.version.cuda}"

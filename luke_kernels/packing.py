@@ -37,6 +37,7 @@ class PackedLengths:
         for name, lengths in (("word_lengths", word_lengths), ("entity_lengths", entity_lengths)):
             if min(lengths, default=0) < 0:
                 raise ValueError(f"{name} must not be negative, got {min(lengths)}")
+        word_lengths, entity_lengths = [int(n) for n in word_lengths], [int(n) for n in entity_lengths]
         return cls(
             _cumulative(word_lengths),
             _cumulative(entity_lengths),

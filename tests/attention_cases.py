@@ -3,10 +3,12 @@
 import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 import luke_kernels
+from luke_kernels.ops import backends
 
 SIZES = [(1, 1), (1, 0), (0, 1), (5, 3), (63, 17), (128, 0), (130, 33)]
 PATTERNS = ["none", "ragged", "holes", "left", "empty"]
@@ -26,22 +28,29 @@ class Case:
     far_off: int = 0  # +1 or -1: all scores lie near +-280
 
     def masks(self) -> dict[str, Tensor]:
-        """Return the keyword arguments that say which tokens exist."""
+        """Return the keyword arguments that say which tokens exist, on the default device."""
+        return {name: mask.to(torch.get_default_device()) for name, mask in self._masks().items()}
+
+    def _masks(self) -> dict[str, Tensor]:
         if self.pattern == "none":
             return {}
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator("cpu").manual_seed(1)
         kinds = {"word": self.words, "entity": self.entities}
         if self.pattern in ("ragged", "empty"):
-            lengths = {k: torch.randint(0, n + 1, (BATCH,), generator=generator) for k, n in kinds.items()}
+            lengths = {
+                k: torch.randint(0, n + 1, (BATCH,), generator=generator, device="cpu") for k, n in kinds.items()
+            }
             for kind, n in kinds.items():
                 lengths[kind][0] = n
                 if self.pattern == "empty":
                     lengths[kind][1] = 0
             return {f"{k}_lengths": v.int() for k, v in lengths.items()}
         if self.pattern == "holes":
-            return {f"{k}_mask": torch.rand(BATCH, n, generator=generator) < 0.6 for k, n in kinds.items()}
-        pads = {k: torch.randint(0, n + 1, (BATCH, 1), generator=generator) for k, n in kinds.items()}
-        return {f"{k}_mask": torch.arange(n) >= pads[k] for k, n in kinds.items()}
+            return {
+                f"{k}_mask": torch.rand(BATCH, n, generator=generator, device="cpu") < 0.6 for k, n in kinds.items()
+            }
+        pads = {k: torch.randint(0, n + 1, (BATCH, 1), generator=generator, device="cpu") for k, n in kinds.items()}
+        return {f"{k}_mask": torch.arange(n, device="cpu") >= pads[k] for k, n in kinds.items()}
 
     def exists(self) -> tuple[Tensor, Tensor]:
         masks = self.masks()
@@ -56,21 +65,21 @@ class Case:
         return result[0], result[1]
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return words, entities and the gradients of both outputs, rounded to dtype."""
-        generator = torch.Generator().manual_seed(2)
+        """Return words, entities and the gradients of both outputs, rounded to dtype, on the default device."""
+        generator = torch.Generator("cpu").manual_seed(2)
         shapes = [
             (BATCH, self.words, self.stack, HEADS, self.head_dim),
             (BATCH, self.entities, self.stack, HEADS, self.head_dim),
             (BATCH, self.words, HEADS, self.head_dim),
             (BATCH, self.entities, HEADS, self.head_dim),
         ]
-        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
         for stack in tensors[:2]:
             stack[:, :, :-2] *= self.magnitude
             if self.far_off:
                 stack[:, :, :-2] = 5 + stack[:, :, :-2] / 16
                 stack[:, :, -2] = self.far_off * (10 + stack[:, :, -2] / 16)
-        return [t.to(dtype) for t in tensors]
+        return [t.to(torch.get_default_device(), dtype) for t in tensors]
 
 
 def eager(words: Tensor, entities: Tensor, word_exists: Tensor, entity_exists: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,15 @@ def with_gradients(function, inputs: list[Tensor]) -> dict[str, Tensor]:
     return results
 
 
-@functools.lru_cache(maxsize=64)
 def truth_and_eager(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what eager gives in float64, and in dtype, on the default device."""
+    return _truth_and_eager(case, dtype, torch.get_default_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _truth_and_eager(
+    case: Case, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     inputs, exists = case.inputs(dtype), case.exists()
     truth = with_gradients(lambda w, e: eager(w, e, *exists), [t.double() for t in inputs])
     return truth, with_gradients(lambda w, e: eager(w, e, *exists), inputs)
@@ -144,7 +160,7 @@ def assert_as_exact_as_eager(results: dict[str, Tensor], case: Case, dtype: torc
         if expected.numel() == 0:
             assert results[name].shape == expected.shape
             continue
-        error = (results[name].cpu().double() - expected).abs().max().item()
+        error = (results[name].double() - expected).abs().max().item()
         eager_error = (reference[name].double() - expected).abs().max().item()
         factor = 2 if name.startswith("out") else 3
         factors = None if factor == 2 else [words[:, :, :-1], entities[:, :, :-1]]
@@ -163,10 +179,23 @@ def _floor_of_big_scores(case: Case, result: Tensor) -> float:
     return torch.finfo(torch.float32).eps * queries * keys * case.head_dim**-0.5 * _largest([result])
 
 
-def run(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> dict[str, Tensor]:
+def run(case: Case, dtype: torch.dtype, backend: str, **options) -> dict[str, Tensor]:
     """Run the op forward and backward on a case."""
-    masks = {name: mask.to(device) for name, mask in case.masks().items()}
     return with_gradients(
-        lambda w, e: luke_kernels.entity_aware_attention(w, e, **masks, backend=backend, **options),
-        [t.to(device) for t in case.inputs(dtype)],
+        lambda w, e: luke_kernels.entity_aware_attention(w, e, **case.masks(), backend=backend, **options),
+        case.inputs(dtype),
     )
+
+
+INTERPRETED = pytest.mark.skipif(
+    not backends.INTERPRETING, reason="Triton's interpreter is off: its kernels run on a GPU in this process"
+)
+# Every backend where it runs. Tests marked gpu make their tensors there.
+BACKENDS = [
+    "reference",
+    "sdpa",
+    "cpu",
+    pytest.param("triton", marks=INTERPRETED),
+    pytest.param("sdpa", id="sdpa-cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", id="triton-cuda", marks=pytest.mark.gpu),
+]

@@ -137,6 +137,10 @@ def test_hooks_and_parametrisations_are_effective(module, hidden, grad):
         hooked = module(*hidden)
         for handle in handles:
             handle.remove()
+        plain = module.e2w_query.forward
+        module.e2w_query.forward = lambda x: plain(x) * 2
+        assert torch.equal(module(*hidden)[1], hooked[1])
+        del module.e2w_query.forward
         nn.utils.parametrizations.weight_norm(module.value)
         module.value.parametrizations.weight.original0.data *= 2
         parametrised = module(*hidden)
@@ -211,8 +215,10 @@ def test_no_activation_is_copied(grad, how):
     assert "luke_kernels::attention_forward" in {event.name for event in profile.events()}
 
 
-def test_compiles(module, hidden, masks):
+@pytest.mark.parametrize("backend", ["sdpa", "cpu"])
+def test_compiles(module, hidden, masks, backend):
     torch._dynamo.reset()
+    module.backend = backend
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -230,6 +236,29 @@ def test_autocast(module, hidden):
         torch.testing.assert_close(result.float(), value, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("entity_aware", [True, False])
+def test_batches_without_entities_or_tokens(hidden, grad, entity_aware):
+    module = EntityAwareSelfAttention(HIDDEN, HEADS, entity_aware=entity_aware)
+    with torch.set_grad_enabled(grad):
+        expected = module(hidden[0])[0]
+        words, entities = module(hidden[0], hidden[1][:, :0])
+        assert torch.equal(words, expected)
+        assert entities.shape == (BATCH, 0, HIDDEN)
+        packed = PackedLengths.from_lengths([WORDS] * BATCH, [0] * BATCH)
+        words, entities = module(hidden[0].flatten(0, 1), hidden[1][:, :0].flatten(0, 1), packed=packed)
+        assert torch.equal(words.unflatten(0, (BATCH, -1)), expected)
+        assert entities.shape == (0, HIDDEN)
+        assert module(hidden[0][:0], hidden[1][:0])[1].shape == (0, ENTITIES, HIDDEN)
+
+
+def test_on_the_meta_device(hidden):
+    module = EntityAwareSelfAttention(HIDDEN, HEADS, device="meta")
+    words, entities = module(*(h.to("meta") for h in hidden))
+    assert words.shape == (BATCH, WORDS, HIDDEN)
+    assert entities.shape == (BATCH, ENTITIES, HIDDEN)
+
+
 def test_dropout_only_in_training(hidden):
     module = EntityAwareSelfAttention(HIDDEN, HEADS, dropout=0.5)
     assert not torch.equal(module(*hidden)[0], module(*hidden)[0])
@@ -244,10 +273,13 @@ def test_dropout_only_in_training(hidden):
         ({"hidden_size": 65}, "hidden_size must be a multiple of num_heads, 4, got 65"),
         ({"num_heads": 0}, "hidden_size must be a multiple of num_heads, 0, got 64"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": None}, "dropout must be a number, got NoneType"),
+        ({"hidden_size": 64.0}, "hidden_size must be an int, got 64.0"),
+        ({"backend": "flash"}, "backend must be one of auto, .*, got 'flash'"),
     ],
 )
-def test_bad_sizes(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         EntityAwareSelfAttention(**{"hidden_size": HIDDEN, "num_heads": HEADS, **arguments})
 
 
@@ -256,5 +288,11 @@ def test_bad_hidden_states(module, hidden):
         module(hidden[0], hidden[1][..., :32])
     with pytest.raises(ValueError, match=r"word_hidden must be \(tokens, 64\), got \(2, 11, 64\)"):
         module(*hidden, packed=PackedLengths.from_lengths([3], [1]))
+    with pytest.raises(TypeError, match="word_hidden must be a tensor, got NoneType"):
+        module(None)
+    with pytest.raises(TypeError, match="packed must be PackedLengths, got str"):
+        module(hidden[0][0], packed="x")
+    with pytest.raises(ValueError, match="entities must have the batch size of words, 2, got 1"):
+        module(hidden[0], hidden[1][:1], output_attentions=True)
     with pytest.raises(ValueError, match=r"word_lengths must lie in \[0, 11\], got 12"):
         module(*hidden, word_lengths=torch.tensor([12, 1], dtype=torch.int32))

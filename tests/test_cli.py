@@ -16,7 +16,7 @@ def _without_the_interpreter(monkeypatch):
     """Users do not run it, and it is slow."""
     from luke_kernels.ops import backends
 
-    for name in [name for name in backends.TABLE if name == "triton" and backends.interpreting()]:
+    for name in [name for name in backends.TABLE if name == "triton" and backends.INTERPRETING]:
         monkeypatch.delitem(backends.TABLE, name)
 
 

@@ -13,6 +13,12 @@ def test_from_lengths():
     assert packed.to("meta").cu_words.device.type == "meta"
 
 
+def test_lengths_may_be_tensors():
+    packed = PackedLengths.from_lengths(torch.tensor([3, 0]), torch.tensor([1, 2]))
+    assert packed.cu_words.tolist() == [0, 3, 3]
+    assert type(packed.max_words) is type(packed.max_entities) is int
+
+
 def test_no_sequences():
     packed = PackedLengths.from_lengths([], [])
     assert packed.cu_words.tolist() == [0]

@@ -32,9 +32,11 @@ void forward_block(const AttentionParams& params, const Block& block, int64_t he
         T* row = s + i * kBlock;
         T new_max = row_max[i];
         for (int64_t j = 0; j < columns.size; ++j) new_max = std::max(new_max, row[j] *= scale);
-        const T rescale = std::exp(row_max[i] - new_max);
+        // Scores may all be -inf so far.
+        const T shift = new_max == -INFINITY ? T{0} : new_max;
+        const T rescale = std::exp(row_max[i] - shift);
         T sum = 0;
-        for (int64_t j = 0; j < columns.size; ++j) sum += row[j] = std::exp(row[j] - new_max);
+        for (int64_t j = 0; j < columns.size; ++j) sum += row[j] = std::exp(row[j] - shift);
         if (factors) {
           for (int64_t j = 0; j < columns.size; ++j) row[j] *= factors[i * kBlock + j];
         }

@@ -7,7 +7,7 @@
 #endif
 
 // One source, the best instruction set of the machine at run time, where the compiler and libc can (GNU ifuncs).
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define LUKE_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LUKE_MULTIVERSION
@@ -63,6 +63,14 @@ void parallel_for(int num_threads, int64_t tasks, void (*task)(int64_t, int, voi
   }
 #endif
   for (int64_t index = 0; index < tasks; ++index) task(index, 0, context);
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
 }
 
 size_t attention_scratch_bytes_cpu(const AttentionParams& params) {

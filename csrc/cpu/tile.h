@@ -16,7 +16,7 @@ namespace luke_kernels {
 constexpr int64_t kBlock = 64;  // tokens a tile
 constexpr int64_t kLanes = 16;  // columns, and kRows rows, that the product keeps in registers
 constexpr int64_t kRows = 8;
-constexpr int64_t kTiles = 13;  // the most tiles a kernel holds (dK/dV with dropout)
+constexpr int64_t kTiles = 11;  // the most tiles a kernel holds (dK/dV with dropout)
 
 struct bfloat16 {
   uint16_t bits;

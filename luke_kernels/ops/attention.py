@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -59,8 +60,6 @@ def entity_aware_attention(
     _check_stacks(words, entities, ("B", "W"), ("B", "E"))
     batch, num_words = words.shape[:2]
     num_entities = 0 if entities is None else entities.shape[1]
-    if entities is not None and entities.shape[0] != batch:
-        raise ValueError(f"entities must have the batch size of words, {batch}, got {entities.shape[0]}")
     _check_presence("word", words, word_mask, word_lengths)
     _check_presence("entity", entities, entity_mask, entity_lengths)
     words, entities = _autocast(words), None if entities is None else _autocast(entities)
@@ -138,7 +137,8 @@ def entity_aware_attention_varlen(
         *((None, None) if cu_entities is None else (cu_entities[:-1], cu_entities.diff())),
         max_words,
         max_entities,
-        True,
+        # Where the values cannot be checked, they may leave rows out.
+        _readable(cu_words) and (cu_entities is None or _readable(cu_entities)),
         *options,
     )
 
@@ -198,9 +198,12 @@ def stack_projections(query_to_words: Tensor, query_to_entities: Tensor, key: Te
     copies; a single matrix product that writes (..., 4 * H * D) and a view give the same without.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError, TypeError: the shapes differ, or one is no tensor.
     """
     tensors = {"query_to_words": query_to_words, "query_to_entities": query_to_entities, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     for name, tensor in tensors.items():
         if tensor.dim() < 2 or tensor.shape != query_to_words.shape:
             raise ValueError(
@@ -221,8 +224,8 @@ def explain_backends(words: Tensor, entities: Tensor | None = None) -> dict[str,
     Args:
         words, entities: as in `entity_aware_attention` or `entity_aware_attention_varlen`.
     """
-    tokens = ("B", "W"), ("B", "E")
-    _check_stacks(words, entities, *(tokens if words.dim() == 5 else (("Tw",), ("Te",))))
+    packed = isinstance(words, Tensor) and words.dim() == 4
+    _check_stacks(words, entities, *((("Tw",), ("Te",)) if packed else (("B", "W"), ("B", "E"))))
     return {name: backends.reason_against(name, words.device, words.dtype, words.shape[-1]) for name in backends.TABLE}
 
 
@@ -259,7 +262,7 @@ def _unflatten(out: Tensor, order: _Order | None, shape: torch.Size) -> Tensor:
 def _autocast(tokens: Tensor) -> Tensor:
     """Cast as autocast casts the inputs of a matrix product: all but float64."""
     device = tokens.device.type
-    if torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
         return tokens.to(torch.get_autocast_dtype(device))
     return tokens
 
@@ -283,8 +286,8 @@ def _described(value: Any) -> str:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Return whether the values may be checked: on the CPU and not being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether the values may be checked: on the CPU, not being traced, not a fake tensor."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_stacks(
@@ -301,7 +304,11 @@ def _check_stacks(
             raise ValueError(f"{name} must stack 4 or 3 projections in dimension -3, got {tensor.shape[-3]}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+        if tensor.shape[-2] == 0 or tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one head and head_dim 1, got {tuple(tensor.shape)}")
     assert entities is not None
+    if words.dim() == 5 and entities.shape[0] != words.shape[0]:
+        raise ValueError(f"entities must have the batch size of words, {words.shape[0]}, got {entities.shape[0]}")
     if entities.shape[-3:] != words.shape[-3:]:
         raise ValueError(
             f"entities must have the stack, H and D of words, {tuple(words.shape[-3:])}, "
@@ -371,16 +378,30 @@ def _check_tensor(
         raise ValueError(f"{name} must be on the device of words, {like.device}, got {tensor.device}")
 
 
+def check_dropout(name: str, dropout_p: float) -> None:
+    """Raise unless `dropout_p` is a probability below 1."""
+    _check_number(name, dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {dropout_p}")
+
+
+def _check_number(name: str, value: float) -> None:
+    # A tensor would lose its gradient.
+    if not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def _check_options(
     words: Tensor, scale: float | None, dropout_p: float, seed: Tensor | None, backend: str
 ) -> tuple[float, float, Tensor | None, str]:
     """Check what both functions share; return (scale, dropout_p, seed, backend) as the op takes them."""
     if scale is None:
         scale = words.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    else:
+        _check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+    check_dropout("dropout_p", dropout_p)
     if seed is not None:
         _check_tensor("seed", seed, words, (2,), torch.int64)
     elif dropout_p > 0:

@@ -50,10 +50,16 @@ class Layout(NamedTuple):
     def batch_size(self) -> int:
         return self.word_lengths.shape[0]
 
-    def groups(self) -> Iterator[Group]:
-        """Yield the batch as one group where it is regular, else a sequence at a time. Reads the lengths (a sync)."""
-        offsets, lengths = self.word_offsets.tolist(), self.word_lengths.tolist()
-        entity_offsets, entity_lengths = self.entity_offsets.tolist(), self.entity_lengths.tolist()
+    def groups(self, num_words: int, num_entities: int) -> Iterator[Group]:
+        """Yield the batch as one group where it is regular, else a sequence at a time. Reads the lengths (a sync).
+
+        Lengths are cut to their bounds and to buffers of `num_words` and `num_entities` tokens: where values could not
+        be checked before, a wrong one must not reach into other sequences.
+        """
+        offsets, lengths = _read(self.word_offsets, self.word_lengths, num_words, self.max_words)
+        entity_offsets, entity_lengths = _read(
+            self.entity_offsets, self.entity_lengths, num_entities, self.max_entities
+        )
         batch = len(offsets)
         pitch = offsets[1] - offsets[0] if batch > 1 else 0
         entity_pitch = entity_offsets[1] - entity_offsets[0] if batch > 1 else 0
@@ -69,6 +75,12 @@ class Layout(NamedTuple):
             return
         for b in range(batch):
             yield Group(range(b, b + 1), offsets[b], 0, lengths[b], entity_offsets[b], 0, entity_lengths[b])
+
+
+def _read(offsets: Tensor, lengths: Tensor, num_tokens: int, max_length: int) -> tuple[list[int], list[int]]:
+    starts = [min(max(offset, 0), num_tokens) for offset in offsets.tolist()]
+    longest = [min(max_length, num_tokens - start) for start in starts]
+    return starts, [min(max(n, 0), most) for n, most in zip(lengths.tolist(), longest, strict=True)]
 
 
 def _first(offsets: list[int], pitch: int, lengths: list[int]) -> tuple[int, int, int]:

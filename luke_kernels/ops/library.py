@@ -1,5 +1,6 @@
 """The operator as torch knows it: schema, fake implementations, autograd. Imports torch and its own floor only."""
 
+import contextlib
 import importlib
 
 import torch
@@ -61,16 +62,25 @@ def _normalised(words, entities, arguments):
 
 def _forward(words, entities, *arguments):
     module, words, entities, layout, options = _normalised(words, entities, arguments)
-    return module.forward(words, entities, layout, *options)
+    with _no_autocast(words):
+        return module.forward(words, entities, layout, *options)
 
 
 def _backward(dout_words, dout_entities, out, lse, words, entities, *arguments):
     module, words, entities, layout, options = _normalised(words, entities, arguments)
     if dout_entities is None:
         dout_entities = dout_words.new_zeros((entities.shape[0], *dout_words.shape[1:]))
-    return module.backward(
-        _unit_stride(dout_words), _unit_stride(dout_entities), out, lse, words, entities, layout, *options
-    )
+    douts = _unit_stride(dout_words), _unit_stride(dout_entities)
+    with _no_autocast(words):
+        return module.backward(*douts, out.contiguous(), lse.contiguous(), words, entities, layout, *options)
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Keep autocast out of a backend: the dtype was settled when the op was called."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -151,6 +161,10 @@ class _AttentionGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         raise NotImplementedError("entity_aware_attention must be differentiated once, got a second derivative")
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        _refuse_vmap(info, in_dims, *arguments)
 
 
 def _forward_autograd(words, entities, *arguments):

@@ -53,7 +53,7 @@ def forward(
     words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
-    for group in layout.groups():
+    for group in layout.groups(words.shape[0], entities.shape[0]):
         w, e = group.of_words(words), group.of_entities(entities)
         s = scores(w, e, scale)
         probs = s.softmax(dim=-1)
@@ -82,7 +82,7 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dwords, dentities = empty_gradients(words, entities, layout.covers_rows)
-    for group in layout.groups():
+    for group in layout.groups(words.shape[0], entities.shape[0]):
         w, e = group.of_words(words), group.of_entities(entities)
         dw, de = group.of_words(dwords), group.of_entities(dentities)
         num_words = w.shape[1]

@@ -81,14 +81,20 @@ PADDED = [
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ({"seed": torch.tensor([1.0, 2.0])}, TypeError, "seed must be int64, got torch.float32"),
+    ({"backend": "flash"}, ValueError, f"backend must be one of {', '.join(('auto', *backends.TABLE))}, got 'flash'"),
+    ({"backend": ["cpu"]}, TypeError, "backend must be a string, got list"),
+    ({"scale": torch.tensor(0.3)}, TypeError, "scale must be a number, got Tensor"),
+    ({"scale": "a"}, TypeError, "scale must be a number, got str"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
+    ({"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
+    (
+        {"words": WORDS[..., :0, :]},
+        ValueError,
+        "words must have at least one head and head_dim 1, got (2, 5, 4, 0, 16)",
+    ),
+    ({"words": WORDS[..., :0]}, ValueError, "words must have at least one head and head_dim 1, got (2, 5, 4, 2, 0)"),
     ({"seed": torch.tensor([1])}, ValueError, "seed must have the shape (2,), got (1,)"),
-    ({"backend": "flash"}, ValueError, "backend must be one of auto, reference, sdpa, cpu, triton, cuda, got 'flash'"),
 ]
-PADDED[-1] = (
-    {"backend": "flash"},
-    ValueError,
-    f"backend must be one of {', '.join(('auto', *backends.TABLE))}, got 'flash'",
-)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), PADDED)
@@ -174,6 +180,10 @@ def test_explain_backends():
     assert luke_kernels.explain_backends(WORDS.flatten(0, 1))["cpu"] is None
     with pytest.raises(ValueError, match="words must be"):
         luke_kernels.explain_backends(WORDS[0, 0])
+    with pytest.raises(TypeError, match="words must be a tensor, got NoneType"):
+        luke_kernels.explain_backends(None)
+    with pytest.raises(TypeError, match="key must be a tensor, got NoneType"):
+        luke_kernels.stack_projections(WORDS, WORDS, None, WORDS)
 
 
 def test_available_backends():

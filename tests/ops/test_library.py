@@ -1,14 +1,16 @@
 """The op as torch sees it: schema, fakes, autograd, compile, export, transforms."""
 
+import functools
+
 import pytest
 import torch
+from attention_cases import INTERPRETED
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 from luke_kernels import entity_aware_attention, entity_aware_attention_varlen
-from luke_kernels.ops import library
 
 BACKENDS = ["reference", "sdpa", "cpu"]
-assert library.NAMESPACE == "luke_kernels"
 
 
 def _arguments(backend: str, entities: bool, covers_rows: bool, dropout_p: float, dtype=torch.float32) -> tuple:
@@ -58,12 +60,12 @@ def test_double_backward_is_refused():
         (words.sum() + gradient.sum()).backward()
 
 
-def _padded(words, entities, word_lengths):
-    return entity_aware_attention(words, entities, word_lengths=word_lengths)
+def _padded(words, entities, word_lengths, backend):
+    return entity_aware_attention(words, entities, word_lengths=word_lengths, backend=backend)
 
 
-def _packed(words, entities, cu_words, cu_entities):
-    return entity_aware_attention_varlen(words, entities, cu_words, cu_entities, 64, 64)
+def _packed(words, entities, cu_words, cu_entities, backend):
+    return entity_aware_attention_varlen(words, entities, cu_words, cu_entities, 64, 64, backend=backend)
 
 
 def _padded_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor, ...]:
@@ -84,16 +86,19 @@ def _packed_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(
-    ("function", "make", "backend"),
+    ("function", "make", "backend", "compiler"),
     [
-        (_padded, _padded_inputs, "aot_eager"),
-        (_packed, _packed_inputs, "aot_eager"),
-        (_padded, _padded_inputs, "inductor"),
+        (_padded, _padded_inputs, "auto", "inductor"),
+        (_padded, _padded_inputs, "sdpa", "aot_eager"),
+        (_padded, _padded_inputs, "cpu", "aot_eager"),
+        (_packed, _packed_inputs, "cpu", "aot_eager"),
+        pytest.param(_padded, _padded_inputs, "triton", "aot_eager", marks=INTERPRETED),
     ],
 )
-def test_compiles_whole_and_once(function, make, backend):
+def test_compiles_whole_and_once(function, make, backend, compiler):
     torch._dynamo.reset()
-    counter, compilations = CompileCounterWithBackend(backend), 0
+    function = functools.partial(function, backend=backend)
+    counter, compilations = CompileCounterWithBackend(compiler), 0
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     # The sizes of the first call are distinct, also from stack, H and D: torch takes equal ones to stay equal.
     for sizes in ((5, 9, 3), (3, 7, 12), (6, 33, 2), (4, 17, 31)):
@@ -118,22 +123,27 @@ def test_compiled_dropout_and_mask():
 
 
 class _Module(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
     def forward(self, words, entities, word_mask):
-        return entity_aware_attention(words, entities, word_mask=word_mask)
+        return entity_aware_attention(words, entities, word_mask=word_mask, backend=self.backend)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "cpu"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
+def test_export(strict, backend):
     batch, num_words, num_entities = (torch.export.Dim(name, min=2, max=4096) for name in ("B", "W", "E"))
     words, entities = torch.randn(2, 6, 4, 2, 8), torch.randn(2, 3, 4, 2, 8)
     program = torch.export.export(
-        _Module(),
+        _Module(backend),
         (words, entities, torch.rand(2, 6) < 0.7),
         dynamic_shapes=({0: batch, 1: num_words}, {0: batch, 1: num_entities}, {0: batch, 1: num_words}),
         strict=strict,
     )
     inputs = torch.randn(3, 11, 4, 2, 8), torch.randn(3, 7, 4, 2, 8), torch.rand(3, 11) < 0.7
-    for a, b in zip(program.module()(*inputs), _Module()(*inputs), strict=True):
+    for a, b in zip(program.module()(*inputs), _Module(backend)(*inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -166,14 +176,55 @@ def test_activation_checkpointing_replays_the_dropout():
     assert torch.equal(*gradients)
 
 
-def test_lengths_beyond_the_buffer_read_nothing_outside():
-    """Where values cannot be checked before (a GPU, a compiled graph), a wrong length must not be a wild access."""
+def test_jacrev_is_refused():
+    words = torch.randn(1, 2, 4, 1, 4)
+    with pytest.raises(NotImplementedError, match=r"must not run under torch\.vmap"):
+        torch.func.jacrev(lambda w: entity_aware_attention(w)[0])(words)
+
+
+def test_fake_tensors():
+    words, lengths = torch.randn(2, 5, 4, 2, 8), torch.tensor([5, 2], dtype=torch.int32)
+    with FakeTensorMode() as mode:
+        out, _ = entity_aware_attention(mode.from_tensor(words), word_lengths=mode.from_tensor(lengths))
+    assert out.shape == (2, 5, 2, 8)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=INTERPRETED)])
+def test_wrong_lengths_reach_into_nothing(backend):
+    """Where values cannot be checked before (a GPU, a compiled graph), a wrong length is cut to its bounds."""
     words = torch.randn(12, 4, 2, 8)
-    offsets, lengths = torch.tensor([0, 6, 2**30], dtype=torch.int32), torch.tensor([6, 2**30, 5], dtype=torch.int32)
-    out, _ = torch.ops.luke_kernels.attention_forward(
-        words, None, offsets, lengths, None, None, 100, 0, False, 0.3, 0.0, None, "cpu"
+    douts = torch.randn(12, 2, 8)
+
+    def run(offsets: list[int], lengths: list[int]) -> tuple[torch.Tensor, ...]:
+        places = torch.tensor(offsets, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+        arguments = words, None, *places, None, None, 6, 0, False, 0.3, 0.0, None, backend
+        out, lse = torch.ops.luke_kernels.attention_forward(*arguments)
+        return out, lse, *torch.ops.luke_kernels.attention_backward(douts, None, out, lse, *arguments)
+
+    for a, b in zip(run([0, 6, 2**30], [7, 2**30, 5]), run([0, 6], [6, 6]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_beyond_the_last_sequence_are_zero_where_unchecked():
+    words, cu = torch.randn(10, 4, 2, 8, requires_grad=True), torch.tensor([0, 4, 8], dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda w, c: entity_aware_attention_varlen(w, None, c, None, 4, 0)[0], fullgraph=True, backend="aot_eager"
     )
-    cut, _ = torch.ops.luke_kernels.attention_forward(
-        words, None, offsets[:2], torch.tensor([6, 6]).int(), None, None, 100, 0, False, 0.3, 0.0, None, "cpu"
-    )
-    assert torch.equal(out, cut)
+    out = compiled(words, cu)
+    (gradient,) = torch.autograd.grad(out.sum(), words)
+    assert not out[8:].any()
+    assert not gradient[8:].any()
+    assert out[:8].isfinite().all()
+
+
+def test_strided_statistics():
+    """The backward takes out and lse of any strides."""
+    arguments = _arguments("cpu", True, True, 0.0)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    out, lse = torch.ops.luke_kernels.attention_forward(*arguments)
+    dout = torch.randn_like(out)
+    strided = out.transpose(0, 2).contiguous().transpose(0, 2), lse.T.contiguous().T
+    expected = torch.ops.luke_kernels.attention_backward(dout[:12], dout[12:], out, lse, *arguments)
+    results = torch.ops.luke_kernels.attention_backward(dout[:12], dout[12:], *strided, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))

@@ -19,8 +19,8 @@ from luke_kernels.ops import backends, dropout, reference
 from luke_kernels.ops.backends import triton as backend
 from luke_kernels.ops.layout import Layout
 
-DEVICE = torch.device("cpu" if backends.interpreting() else "cuda")
-pytestmark = [] if backends.interpreting() else [pytest.mark.gpu]
+DEVICE = torch.device("cpu" if backends.INTERPRETING else "cuda")
+pytestmark = [] if backends.INTERPRETING else [pytest.mark.gpu]
 # Lengths that cross tiles of 16, fill them, leave one over; sequences without words, entities, tokens.
 WORDS, ENTITIES = (33, 16, 0, 1, 0), (17, 0, 16, 3, 0)
 SEED = (2**40 + 12345, -5)

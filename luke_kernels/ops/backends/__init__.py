@@ -1,7 +1,7 @@
 """What each backend supports, as data; and the choice among them. A backend asked for by name never falls back."""
 
-import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,57 +23,60 @@ class Support:
     missing: Callable[[], str | None] = lambda: None
 
 
-@functools.cache
-def _extension_missing() -> str | None:
-    try:
-        importlib.import_module("luke_kernels._C")
-    except ImportError as error:
-        return f"the extension luke_kernels._C is not built or does not load ({error})"
-    return None
+# Found out here and not on demand: torch.compile traces the choice of a backend, but no imports.
+try:
+    importlib.import_module("luke_kernels._C")
+    _EXTENSION_MISSING = None
+except ImportError as error:
+    _EXTENSION_MISSING = f"the extension luke_kernels._C is not built or does not load ({error})"
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Whether Triton kernels run in its interpreter, on the CPU; Triton reads this when they are imported.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def interpreting() -> bool:
-    """Return whether Triton kernels run in its interpreter, on the CPU (set before they are first imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
 def _triton_missing() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton does not import ({error})"
-    if interpreting() or torch.cuda.is_available():
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if INTERPRETING or torch.cuda.is_available():
         return None
     return "no GPU that torch can see (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
 
 
-def _table() -> dict[str, Support]:
-    interpreter = interpreting()
-    return {
-        "reference": Support("luke_kernels.ops.reference", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
-        "sdpa": Support("luke_kernels.ops.backends.sdpa", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
-        "cpu": Support(
-            "luke_kernels.ops.backends.cpu",
-            (FLOAT64, FLOAT32, BFLOAT16),
-            devices=("cpu",),
-            max_head_dim=256,
-            missing=_extension_missing,
-        ),
-        "triton": Support(
-            "luke_kernels.ops.backends.triton",
-            # The interpreter multiplies the bit patterns of bfloat16.
-            (FLOAT32, FLOAT16) if interpreter else (FLOAT32, BFLOAT16, FLOAT16),
-            devices=("cpu",) if interpreter else ("cuda",),
-            max_head_dim=128,
-            missing=_triton_missing,
-        ),
-    }
-
-
-TABLE: Mapping[str, Support] = _table()
+TABLE: dict[str, Support] = {
+    "reference": Support("luke_kernels.ops.reference", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
+    "sdpa": Support("luke_kernels.ops.backends.sdpa", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
+    "cpu": Support(
+        "luke_kernels.ops.backends.cpu",
+        (FLOAT64, FLOAT32, BFLOAT16),
+        devices=("cpu",),
+        max_head_dim=256,
+        missing=lambda: _EXTENSION_MISSING,
+    ),
+    "triton": Support(
+        "luke_kernels.ops.backends.triton",
+        # The interpreter multiplies the bit patterns of bfloat16.
+        (FLOAT32, FLOAT16) if INTERPRETING else (FLOAT32, BFLOAT16, FLOAT16),
+        devices=("cpu",) if INTERPRETING else ("cuda",),
+        max_head_dim=128,
+        missing=_triton_missing,
+    ),
+}
 # Fastest first. The reference is a specification and is never chosen.
 PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("sdpa", "cpu"), "cuda": ("triton", "sdpa")}
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` is "auto" or a backend's.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is no backend.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    if name != "auto" and name not in TABLE:
+        raise ValueError(f"backend must be one of {', '.join(('auto', *TABLE))}, got {name!r}")
 
 
 def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -92,15 +95,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     """Return the backend to run: `name` itself, or for "auto" the first of PREFERENCE that can.
 
     Raises:
-        ValueError: `name` is no backend.
+        TypeError, ValueError: `name` is no backend.
         NotImplementedError: no backend asked for can; the message holds a reason for each.
     """
-    if name == "auto":
-        candidates = PREFERENCE.get(device.type, ("sdpa",))
-    elif name in TABLE:
-        candidates = (name,)
-    else:
-        raise ValueError(f"backend must be one of {', '.join(('auto', *TABLE))}, got {name!r}")
+    check_name(name)
+    candidates = PREFERENCE.get(device.type, ("sdpa",)) if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
         reason = reason_against(candidate, device, dtype, head_dim)

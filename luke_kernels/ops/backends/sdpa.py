@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
     split = [words.shape[0], entities.shape[0]]
-    for group in layout.groups():
+    for group in layout.groups(words.shape[0], entities.shape[0]):
         kinds = _kinds(group, [words, entities])
         outs, lses = _kinds(group, out.split(split)), _kinds(group, lse.T.split(split))
         for row, tokens in enumerate(kinds):
@@ -71,7 +71,7 @@ def backward(
     # Gradients of keys, values and (in a stack of 3) queries are sums over calls: they start from zero.
     gradients = empty_gradients(words, entities, covers_rows=False)
     split = [words.shape[0], entities.shape[0]]
-    for group in layout.groups():
+    for group in layout.groups(words.shape[0], entities.shape[0]):
         kinds, dkinds = _kinds(group, [words, entities]), _kinds(group, gradients)
         douts = _kinds(group, [dout_words, dout_entities])
         outs, lses = _kinds(group, out.split(split)), _kinds(group, lse.T.split(split))

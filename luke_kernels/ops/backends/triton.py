@@ -124,8 +124,10 @@ def _attend(
         if start_n + BLOCK_N > length_n:
             s = tl.where(offs_n[None, :] < length_n, s, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
-        p = tl.exp2(tl.fma(s, scale, -new_max[:, None]))
-        rescale = tl.exp2(row_max - new_max)
+        # Scores may all be -inf so far.
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        p = tl.exp2(tl.fma(s, scale, -shift[:, None]))
+        rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
         if DROPOUT:
@@ -402,13 +404,12 @@ def backward(
     arguments, constants = _shared(words, entities, layout, dropout_p, seed)
     for kind, dout in (("w", dout_words), ("e", dout_entities)):
         arguments |= {f"stride_dout_{kind}t": dout.stride(0), f"stride_dout_{kind}h": dout.stride(1)}
-    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     gradients = (lse, delta, dout_words, dout_entities, dwords, dentities)
     with torch.cuda.device_of(words):
         tile = config("bwd_dq", words.dtype, constants["BLOCK_D"])
         attention_bwd_dq_kernel[_grid(layout, words, tile["BLOCK_M"])](
-            words, entities, out.contiguous(), *gradients, **arguments, scale=scale, **constants, **tile
+            words, entities, out, *gradients, **arguments, scale=scale, **constants, **tile
         )
         tile = config("bwd_dkdv", words.dtype, constants["BLOCK_D"])
         attention_bwd_dkdv_kernel[_grid(layout, words, tile["BLOCK_N"])](
