@@ -406,4 +406,4 @@ def _check_options(
         _check_tensor("seed", seed, words, (2,), torch.int64)
     elif dropout_p > 0:
         seed = draw_seed(words.device)
-    return scale, dropout_p, seed, backends.choose(backend, words.device, words.dtype, words.shape[-1])
+    return scale, dropout_p, seed, backends.choose(backend, words.device, words.dtype, words.shape[-1], dropout_p > 0)

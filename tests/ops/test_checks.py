@@ -161,6 +161,19 @@ def test_named_backends_never_fall_back():
     assert entity_aware_attention(torch.zeros(B, W, 4, H, 300))[0].shape == (B, W, H, 300)
 
 
+def test_auto_takes_the_fastest(monkeypatch):
+    def chosen(dropout_p: float) -> str:
+        taken = []
+        monkeypatch.setattr(
+            "luke_kernels.ops.library.attention", lambda *a, **k: taken.append(a[-1]) or (a[0][:, 0], None)
+        )
+        entity_aware_attention(WORDS, dropout_p=dropout_p)
+        return taken[0]
+
+    assert chosen(0.0) == "sdpa"
+    assert chosen(0.1) == "cpu"
+
+
 def test_a_missing_extension_has_its_reason(monkeypatch):
     support = backends.TABLE["cpu"]
     missing = backends.Support(support.module, support.dtypes, support.devices, missing=lambda: "is not built (why)")

@@ -62,8 +62,13 @@ TABLE: dict[str, Support] = {
         missing=_triton_missing,
     ),
 }
-# Fastest first. The reference is a specification and is never chosen.
-PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("sdpa", "cpu"), "cuda": ("triton", "sdpa")}
+# Fastest first, by device and whether there is dropout. The reference is a specification and is never chosen.
+PREFERENCE: Mapping[tuple[str, bool], tuple[str, ...]] = {
+    ("cpu", False): ("sdpa", "cpu"),
+    ("cpu", True): ("cpu", "sdpa"),  # sdpa draws the mask in PyTorch
+    ("cuda", False): ("triton", "sdpa"),
+    ("cuda", True): ("triton", "sdpa"),
+}
 
 
 def check_name(name: str) -> None:
@@ -91,7 +96,7 @@ def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return support.missing()
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool = False) -> str:
     """Return the backend to run: `name` itself, or for "auto" the first of PREFERENCE that can.
 
     Raises:
@@ -99,7 +104,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         NotImplementedError: no backend asked for can; the message holds a reason for each.
     """
     check_name(name)
-    candidates = PREFERENCE.get(device.type, ("sdpa",)) if name == "auto" else (name,)
+    candidates = PREFERENCE.get((device.type, dropout), ("sdpa",)) if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
         reason = reason_against(candidate, device, dtype, head_dim)
