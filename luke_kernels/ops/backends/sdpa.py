@@ -1,8 +1,7 @@
-"""The PyTorch fallback: attention for each pair of kinds, merged by log-sum-exp.
+"""The PyTorch fallback: all rows attend to the word keys, then to the entity keys, merged by log-sum-exp.
 
-Rows of one kind attend to the word keys and to the entity keys in two calls; each gives its output and the
-log-sum-exp of its scores, from which the softmax over both follows. The backward needs no merging: given the merged
-output and log-sum-exp, each call's gradient is already that of the whole.
+Each of the two calls gives its output and the log-sum-exp of its scores, from which the softmax over both follows. The
+backward needs no merging: given the merged output and log-sum-exp, each call's gradient is already that of the whole.
 
 The call is torch's flash kernel for the CPU where it serves; elsewhere, and for dropout (the flash kernels take no
 foreign mask), a loop over blocks of keys with an online softmax, recomputed in the backward. Neither holds scores of
@@ -30,6 +29,7 @@ from luke_kernels.ops.layout import (
 # Keys a step of the loop in PyTorch; a multiple of 4, the columns one draw of dropout serves.
 BLOCK = 256
 
+QUERY_SLOTS = (QUERY_TO_WORDS, QUERY_TO_ENTITIES)  # by the kind of the keys
 Keep = Callable[[range], Tensor]
 
 
@@ -37,22 +37,17 @@ def forward(
     words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
-    split = [words.shape[0], entities.shape[0]]
     for group in layout.groups(words.shape[0], entities.shape[0]):
-        kinds = _kinds(group, [words, entities])
-        outs, lses = _kinds(group, out.split(split)), _kinds(group, lse.T.split(split))
-        for row, tokens in enumerate(kinds):
-            parts = []
-            for column, slot in enumerate((QUERY_TO_WORDS, QUERY_TO_ENTITIES)):
-                if tokens.shape[1] and kinds[column].shape[1]:
-                    keep = _keep(seed, dropout_p, group, tokens, row, column)
-                    parts.append(
-                        _pair_forward(_heads(tokens, slot), *_keys_values(kinds[column]), scale, dropout_p, keep)
-                    )
-            if parts:
-                merged, merged_lse = _merge(parts)
-                outs[row].copy_(merged.transpose(1, 2))
-                lses[row].copy_(merged_lse.transpose(1, 2))
+        stacks = group.of_words(words), group.of_entities(entities)
+        parts = []
+        for column, slot in enumerate(QUERY_SLOTS):
+            if stacks[column].shape[1]:
+                keep = _keep(seed, dropout_p, group, words.shape[2], column)
+                parts.append(_attend(_rows(stacks, slot), *_keys_values(stacks[column]), scale, dropout_p, keep))
+        if parts:
+            merged, merged_lse = _merge(parts)
+            _scatter(merged.transpose(1, 2), _kinds(group, out, words.shape[0]))
+            _scatter(merged_lse.transpose(1, 2), _kinds(group, lse.T, words.shape[0]))
     return out, lse
 
 
@@ -68,57 +63,60 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # Gradients of keys, values and (in a stack of 3) queries are sums over calls: they start from zero.
+    # The query of a stack of 3 takes the sum of two gradients, and that of an absent kind of keys takes none.
     gradients = empty_gradients(words, entities, covers_rows=False)
-    split = [words.shape[0], entities.shape[0]]
     for group in layout.groups(words.shape[0], entities.shape[0]):
-        kinds, dkinds = _kinds(group, [words, entities]), _kinds(group, gradients)
-        douts = _kinds(group, [dout_words, dout_entities])
-        outs, lses = _kinds(group, out.split(split)), _kinds(group, lse.T.split(split))
-        for row, tokens in enumerate(kinds):
-            merged, merged_lse = outs[row].transpose(1, 2), lses[row].transpose(1, 2)
-            dout = douts[row].transpose(1, 2)
-            for column, slot in enumerate((QUERY_TO_WORDS, QUERY_TO_ENTITIES)):
-                if tokens.shape[1] and kinds[column].shape[1]:
-                    keep = _keep(seed, dropout_p, group, tokens, row, column)
-                    dq, dk, dv = _pair_backward(
-                        dout,
-                        _heads(tokens, slot),
-                        *_keys_values(kinds[column]),
-                        merged,
-                        merged_lse,
-                        scale,
-                        dropout_p,
-                        keep,
-                    )
-                    _heads(dkinds[row], slot).add_(dq)
-                    _heads(dkinds[column], KEY).add_(dk)
-                    _heads(dkinds[column], VALUE).add_(dv)
+        stacks = group.of_words(words), group.of_entities(entities)
+        dstacks = group.of_words(gradients[0]), group.of_entities(gradients[1])
+        dout = torch.cat([group.of_words(dout_words), group.of_entities(dout_entities)], dim=1).transpose(1, 2)
+        merged = torch.cat(_kinds(group, out, words.shape[0]), dim=1).transpose(1, 2)
+        merged_lse = torch.cat(_kinds(group, lse.T, words.shape[0]), dim=1).transpose(1, 2)
+        for column, slot in enumerate(QUERY_SLOTS):
+            if stacks[column].shape[1]:
+                keep = _keep(seed, dropout_p, group, words.shape[2], column)
+                q, (k, v) = _rows(stacks, slot), _keys_values(stacks[column])
+                dq, dk, dv = _attend_backward(dout, q, k, v, merged, merged_lse, scale, dropout_p, keep)
+                for dstack, part in zip(dstacks, dq.transpose(1, 2).split(_lengths(stacks), dim=1), strict=True):
+                    dstack[:, :, slot].add_(part)
+                dstacks[column][:, :, KEY].copy_(dk.transpose(1, 2))
+                dstacks[column][:, :, VALUE].copy_(dv.transpose(1, 2))
     return gradients
 
 
-def _kinds(group: Group, buffers: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    return group.of_words(buffers[0]), group.of_entities(buffers[1])
+def _kinds(group: Group, rows: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """View the group's words and entities in a buffer of all tokens, words first."""
+    return group.of_words(rows[:num_words]), group.of_entities(rows[num_words:])
 
 
-def _heads(stack: Tensor, slot: int) -> Tensor:
-    """View one slot of (B, N, stack, H, D) as (B, H, N, D)."""
-    return stack[:, :, slot].transpose(1, 2)
+def _scatter(rows: Tensor, kinds: tuple[Tensor, Tensor]) -> None:
+    for kind, part in zip(kinds, rows.split(_lengths(kinds), dim=1), strict=True):
+        kind.copy_(part)
+
+
+def _lengths(kinds: tuple[Tensor, Tensor]) -> list[int]:
+    return [kind.shape[1] for kind in kinds]
+
+
+def _rows(stacks: tuple[Tensor, Tensor], slot: int) -> Tensor:
+    """Put one query of the words and the entities together, (B, H, W + E, D)."""
+    return torch.cat([stack[:, :, slot] for stack in stacks], dim=1).transpose(1, 2)
 
 
 def _keys_values(stack: Tensor) -> tuple[Tensor, Tensor]:
-    return _heads(stack, KEY), _heads(stack, VALUE)
+    return stack[:, :, KEY].transpose(1, 2), stack[:, :, VALUE].transpose(1, 2)
 
 
-def _keep(seed: Tensor | None, dropout_p: float, group: Group, tokens: Tensor, row: int, column: int) -> Keep | None:
+def _keep(seed: Tensor | None, dropout_p: float, group: Group, num_heads: int, column: int) -> Keep | None:
     if seed is None:
         return None
-    num_rows, num_heads = tokens.shape[1], tokens.shape[3]
 
     def keep(columns: range) -> Tensor:
-        return dropout.keep_mask(
-            seed, dropout_p, group.sequences, num_heads, num_rows, columns, bool(row), bool(column)
-        )
+        rows = ((group.words, False), (group.entities, True))
+        masks = [
+            dropout.keep_mask(seed, dropout_p, group.sequences, num_heads, n, columns, row_is_entity, bool(column))
+            for n, row_is_entity in rows
+        ]
+        return torch.cat(masks, dim=2)
 
     return keep
 
@@ -131,10 +129,10 @@ def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return sum(out * (part_lse - lse).exp()[..., None] for out, part_lse in parts), lse  # type: ignore[return-value]
 
 
-def _pair_forward(
+def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, keep: Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend from rows of one kind to keys of one kind, (B, H, N, D) each -> out, lse (B, H, N)."""
+    """Attend from all rows to keys of one kind, (B, H, N, D) each -> out, lse (B, H, N)."""
     if keep is None and q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -154,7 +152,7 @@ def _pair_forward(
     return accumulator / running_sum[..., None], running_max + running_sum.log()
 
 
-def _pair_backward(
+def _attend_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
