@@ -51,4 +51,5 @@ class PackedLengths:
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    # On the CPU whatever the default device: `to` moves them.
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)

@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     # Read when the kernels are first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Without it cuBLAS warns where deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import luke_kernels
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,7 +45,7 @@ def _device(request):
     if "gpu" in request.keywords:
         torch.set_default_device("cuda")
         yield
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     else:
         yield
 
