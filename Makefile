@@ -44,7 +44,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 
 # From the sdist, so that what it lacks is missed.
 $(VENV)/wheel: $(VENV)/ready $(SOURCES)
-	rm -rf dist build/lib build/temp.* luke_kernels/_C.*.so
+	rm -rf dist build/lib* build/temp.*
 	$(BIN)/python -m build --outdir dist .
 	$(INSTALL) --no-deps --force-reinstall dist/*.whl
 	touch $@

@@ -9,6 +9,7 @@ import typer
 from benchmarks import attention as attention_benchmark
 from benchmarks import cases, console, records, timing
 from benchmarks import report as report_pages
+from luke_kernels import explain_backends
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Benchmarks of luke_kernels.")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -37,6 +38,11 @@ def attention(
     found = []
     for dtype_name in dtype or ["float32", "bfloat16"]:
         peak_tflops = timing.measure_peak(DTYPES[dtype_name], target)
+        for name, reason in explain_backends(
+            torch.zeros(1, 1, 4, 1, 64, dtype=DTYPES[dtype_name], device=target)
+        ).items():
+            if reason is not None:
+                print(f"luke_kernels:{name}: off, {reason}")
         print(f"{run['device']}: torch matmul in {dtype_name} {peak_tflops:.3f} TFLOP/s")
         for each in chosen:
             new = attention_benchmark.run_case(

@@ -116,6 +116,10 @@ class EntityAwareSelfAttention(nn.Module):
             for name, value in {**masks, "output_attentions": output_attentions or None}.items():
                 if value is not None:
                     raise ValueError(f"{name} must not be given with packed, got {value}")
+            if entities is None and packed.max_entities:
+                raise ValueError(
+                    f"entity_hidden must be given where packed has entities, {packed.max_entities}, got None"
+                )
             contexts = entity_aware_attention_varlen(
                 words,
                 entities,
@@ -147,6 +151,14 @@ class EntityAwareSelfAttention(nn.Module):
         linears: list[nn.Linear] = [getattr(self, name) for name in (*queries, "key", "value")]
         if not _fusable(linears):
             stacked = torch.stack([linear(hidden) for linear in linears], dim=-2)
+        elif hidden.dtype != linears[0].weight.dtype and not _autocast_is_on(hidden):
+            raise TypeError(
+                f"hidden states must have the dtype of the weights, {linears[0].weight.dtype}, got {hidden.dtype}"
+            )
+        elif hidden.device != linears[0].weight.device:
+            raise ValueError(
+                f"hidden states must be on the device of the weights, {linears[0].weight.device}, got {hidden.device}"
+            )
         elif _writes_in_place(hidden):
             # As fast on the CPU as one product with all weights, without copying them together first.
             stacked = hidden.new_empty(*hidden.shape[:-1], len(linears), self.hidden_size)
@@ -183,10 +195,15 @@ def _fusable(linears: list[nn.Linear]) -> bool:
     )
 
 
+def _autocast_is_on(hidden: Tensor) -> bool:
+    device = hidden.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _writes_in_place(hidden: Tensor) -> bool:
     return (
         hidden.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not _autocast_is_on(hidden)
         and not torch.compiler.is_compiling()
     )

@@ -9,16 +9,24 @@ from rich.console import Console
 from luke_kernels.version import __version__
 
 app = typer.Typer(
-    help="LUKE on fused entity-aware attention.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
-    """Declare what all commands share; `main` reads it."""
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """LUKE on fused entity-aware attention."""
 
 
 @app.command()
@@ -36,12 +44,6 @@ def demo() -> None:
     from luke_kernels.demo import run
 
     run(Console())
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
 
 
 def main() -> None:

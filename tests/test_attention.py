@@ -87,12 +87,14 @@ def test_packed_equals_padded(hidden, grad, entity_aware):
             word_lengths=torch.tensor([WORDS, 4], dtype=torch.int32),
             entity_lengths=torch.tensor([0, ENTITIES], dtype=torch.int32),
         )
-        words_only = module(hidden[0][keep[0]], packed=lengths)
+        words_only = module(hidden[0][keep[0]], packed=PackedLengths.from_lengths([WORDS, 4]))
+    with pytest.raises(ValueError, match="entity_hidden must be given where packed has entities, 5, got None"):
+        module(hidden[0][keep[0]], packed=lengths)
     torch.testing.assert_close(packed[0], padded[0][keep[0]])
     torch.testing.assert_close(packed[1], padded[1][keep[1]])
     assert words_only[1] is None
     with pytest.raises(ValueError, match="output_attentions must not be given with packed, got True"):
-        module(hidden[0][keep[0]], packed=lengths, output_attentions=True)
+        module(hidden[0][keep[0]], hidden[1][keep[1]], packed=lengths, output_attentions=True)
 
 
 def test_paths_of_the_projections_agree(module, hidden):
@@ -290,6 +292,10 @@ def test_bad_hidden_states(module, hidden):
         module(*hidden, packed=PackedLengths.from_lengths([3], [1]))
     with pytest.raises(TypeError, match="word_hidden must be a tensor, got NoneType"):
         module(None)
+    with pytest.raises(TypeError, match=r"must have the dtype of the weights, torch.float32, got torch.bfloat16"):
+        module(hidden[0].bfloat16(), hidden[1])
+    with pytest.raises(ValueError, match="must be on the device of the weights, cpu, got meta"):
+        module(hidden[0], hidden[1].to("meta"))
     with pytest.raises(TypeError, match="packed must be PackedLengths, got str"):
         module(hidden[0][0], packed="x")
     with pytest.raises(ValueError, match="entities must have the batch size of words, 2, got 1"):

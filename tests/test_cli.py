@@ -46,6 +46,11 @@ def test_doctor_finds_a_wrong_backend(monkeypatch):
     assert "WRONG" in result.output
 
 
+def test_version():
+    result = RUNNER.invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{__version__}\n")
+
+
 def test_a_nan_does_not_pass():
     assert not selfcheck.Check("cpu", torch.float32, float("nan"), 1e-6, 0.1).passed
 

@@ -25,6 +25,16 @@ def test_no_sequences():
     assert packed.max_words == 0
 
 
+def test_words_only():
+    assert PackedLengths.from_lengths([3, 2]).cu_entities.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("lengths", [[1.5, 2], torch.tensor([1.0, 2.0]), torch.ones(2, 3, dtype=torch.bool), 3])
+def test_lengths_that_are_no_integers(lengths):
+    with pytest.raises(TypeError, match=r"word_lengths must be a list or a tensor \(B,\) of integers, got"):
+        PackedLengths.from_lengths(lengths, [1, 2])
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [

@@ -40,8 +40,8 @@ def entity_aware_attention(
         word_mask: Which words exist, (B, W), bool or integers 0 and 1, True = exists, in any pattern. Absent tokens
             are neither attended to nor read. Lengths are cheaper: a mask costs a copy of the projections.
         entity_mask: Which entities exist, (B, E).
-        word_lengths: Number of words of each sequence, int32 (B,): its words stand first, the rest is padding.
-        entity_lengths: Number of entities of each sequence, int32 (B,).
+        word_lengths: Number of words of each sequence, int32 or int64 (B,): its words stand first, the rest is padding.
+        entity_lengths: Number of entities of each sequence, int32 or int64 (B,).
         scale: Factor of the scores; default D ** -0.5.
         dropout_p: Probability of dropping an element of the probability matrix, in [0, 1).
         seed: int64 (2,), (seed, offset) of the dropout mask, on the device of `words`; drawn where None.
@@ -249,7 +249,7 @@ def _flatten(tokens: Tensor, order: _Order | None, lengths: Tensor | None) -> tu
     flat = tokens.flatten(0, 1)
     offsets = torch.arange(batch, dtype=torch.int32, device=tokens.device) * length
     if order is None:
-        return flat, offsets, lengths
+        return flat, offsets, None if lengths is None else lengths.to(torch.int32)
     return flat.index_select(0, order.rows), offsets, order.lengths
 
 
@@ -333,11 +333,13 @@ def _check_presence(kind: str, tokens: Tensor | None, mask: Tensor | None, lengt
     if mask is not None:
         _check_tensor(f"{kind}_mask", mask, tokens, (batch, length))
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
-            raise TypeError(f"{kind}_mask must be bool or integers 0 and 1, got {mask.dtype}")
+            raise TypeError(f"{kind}_mask must be bool or integers, 1 where a token exists, got {mask.dtype}")
         if mask.dtype != torch.bool and _readable(mask) and mask.numel() and not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"{kind}_mask must hold 0 and 1 only, got {mask.min().item()} to {mask.max().item()}")
     if lengths is not None:
-        _check_tensor(f"{kind}_lengths", lengths, tokens, (batch,), torch.int32)
+        _check_tensor(f"{kind}_lengths", lengths, tokens, (batch,))
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{kind}_lengths must be int32 or int64, got {lengths.dtype}")
         if _readable(lengths):
             for value in lengths.tolist():
                 if not 0 <= value <= length:

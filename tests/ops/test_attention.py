@@ -280,6 +280,8 @@ def test_masks_and_lengths_agree():
     word_exists, entity_exists = case.exists()
     words, entities, *_ = case.inputs(F32)
     by_lengths = entity_aware_attention(words, entities, **case.masks())
+    as_int64 = entity_aware_attention(words, entities, **{name: n.long() for name, n in case.masks().items()})
+    assert all(torch.equal(a, b) for a, b in zip(by_lengths, as_int64, strict=True))
     for dtype in (torch.bool, torch.int64, torch.uint8):
         by_mask = entity_aware_attention(
             words, entities, word_mask=word_exists.to(dtype), entity_mask=entity_exists.to(dtype)

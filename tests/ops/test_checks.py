@@ -54,7 +54,7 @@ PADDED = [
     ({"word_lengths": _int32(-1, 1)}, ValueError, "word_lengths must lie in [0, 5], got -1"),
     ({"entity_lengths": _int32(4, 1)}, ValueError, "entity_lengths must lie in [0, 3], got 4"),
     ({"word_lengths": _int32(1)}, ValueError, "word_lengths must have the shape (2,), got (1,)"),
-    ({"word_lengths": torch.tensor([1, 2])}, TypeError, "word_lengths must be int32, got torch.int64"),
+    ({"word_lengths": torch.tensor([1.0, 2.0])}, TypeError, "word_lengths must be int32 or int64, got torch.float32"),
     ({"word_lengths": [1, 2]}, TypeError, "word_lengths must be a tensor, got list"),
     (
         {"word_lengths": _int32(1, 2).to("meta")},
@@ -62,7 +62,11 @@ PADDED = [
         "word_lengths must be on the device of words, cpu, got meta",
     ),
     ({"word_mask": torch.ones(B, W + 1)}, ValueError, "word_mask must have the shape (2, 5), got (2, 6)"),
-    ({"word_mask": torch.ones(B, W)}, TypeError, "word_mask must be bool or integers 0 and 1, got torch.float32"),
+    (
+        {"word_mask": torch.ones(B, W)},
+        TypeError,
+        "word_mask must be bool or integers, 1 where a token exists, got torch.float32",
+    ),
     ({"word_mask": torch.full((B, W), 2)}, ValueError, "word_mask must hold 0 and 1 only, got 2 to 2"),
     ({"entity_mask": torch.tensor([[0, 1, -1]] * 2)}, ValueError, "entity_mask must hold 0 and 1 only, got -1 to 1"),
     (
@@ -154,9 +158,9 @@ def _never(*arguments, **options):
 
 
 def test_named_backends_never_fall_back():
-    with pytest.raises(NotImplementedError, match=r"cpu takes float64, float32, bfloat16, got float16"):
+    with pytest.raises(NotImplementedError, match=r"cpu: takes float64, float32, bfloat16, got float16"):
         entity_aware_attention(WORDS.half(), backend="cpu")
-    with pytest.raises(NotImplementedError, match=r"cpu takes head_dim up to 256, got 300"):
+    with pytest.raises(NotImplementedError, match=r"cpu: takes head_dim up to 256, got 300"):
         entity_aware_attention(torch.zeros(B, W, 4, H, 300), backend="cpu")
     assert entity_aware_attention(torch.zeros(B, W, 4, H, 300))[0].shape == (B, W, H, 300)
 
@@ -179,7 +183,7 @@ def test_a_missing_extension_has_its_reason(monkeypatch):
     missing = backends.Support(support.module, support.dtypes, support.devices, missing=lambda: "is not built (why)")
     monkeypatch.setattr(backends, "TABLE", {**backends.TABLE, "cpu": missing})
     assert "cpu" not in luke_kernels.available_backends()
-    with pytest.raises(NotImplementedError, match=r"got 'cpu': cpu is not built \(why\)"):
+    with pytest.raises(NotImplementedError, match=r"got 'cpu': cpu: is not built \(why\)"):
         entity_aware_attention(WORDS, backend="cpu")
     assert luke_kernels.explain_backends(WORDS, ENTITIES)["cpu"] == "is not built (why)"
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -28,7 +29,10 @@ try:
     importlib.import_module("luke_kernels._C")
     _EXTENSION_MISSING = None
 except ImportError as error:
-    _EXTENSION_MISSING = f"the extension luke_kernels._C is not built or does not load ({error})"
+    _EXTENSION_MISSING = (
+        f"luke_kernels._C does not load from {Path(__file__).parents[2]} ({error}): in a source tree run `make build`, "
+        "or leave it for the installed package"
+    )
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Whether Triton kernels run in its interpreter, on the CPU; Triton reads this when they are imported.
@@ -87,13 +91,15 @@ def check_name(name: str) -> None:
 def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why backend `name` cannot serve such tensors here, or None where it can."""
     support = TABLE[name]
+    if (missing := support.missing()) is not None:
+        return missing
     if support.devices is not None and device.type not in support.devices:
         return f"runs on {' or '.join(support.devices)} tensors, got {device.type}"
     if dtype not in support.dtypes:
         return f"takes {', '.join(_short(d) for d in support.dtypes)}, got {_short(dtype)}"
     if support.max_head_dim is not None and head_dim > support.max_head_dim:
         return f"takes head_dim up to {support.max_head_dim}, got {head_dim}"
-    return support.missing()
+    return None
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool = False) -> str:
@@ -112,7 +118,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, d
             return candidate
         reasons[candidate] = reason
     raise NotImplementedError(
-        f"backend must support the tensors given, got {name!r}: " + "; ".join(f"{k} {v}" for k, v in reasons.items())
+        f"backend must support the tensors given, got {name!r}: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
     )
 
 
