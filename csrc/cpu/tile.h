@@ -14,8 +14,8 @@
 namespace luke_kernels {
 
 constexpr int64_t kBlock = 64;  // tokens a tile
-constexpr int64_t kLanes = 16;  // columns, and kRows rows, that the product keeps in registers
-constexpr int64_t kRows = 8;
+constexpr int64_t kLanes = 16;  // columns are padded to a multiple of this: a cache line of floats
+constexpr int64_t kRows = 8;    // rows whose sums the product keeps in registers
 constexpr int64_t kTiles = 11;  // the most tiles a kernel holds (dK/dV with dropout)
 
 struct bfloat16 {
