@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention_cases import BACKENDS
 
-from luke_kernels import PackedLengths, available_backends, entity_aware_attention, entity_aware_attention_varlen
+from luke_kernels import PackedLengths, entity_aware_attention, entity_aware_attention_varlen
 from luke_kernels.ops import dropout
 
 SEED, OFFSET, P = 0x0123456789ABCDEF, 0x0FEDCBA987654321, 0.3
@@ -172,7 +172,7 @@ def test_streams_differ():
             assert 60 < (a != b).sum() < 196
 
 
-@pytest.mark.parametrize("backend", [b for b in ("reference", "sdpa", "cpu") if b in available_backends()])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
 def test_gradient_by_finite_differences(backend, seed):
     words = torch.randn(2, 5, 4, 2, 4, dtype=torch.float64, requires_grad=True)
     entities = torch.randn(2, 3, 4, 2, 4, dtype=torch.float64, requires_grad=True)

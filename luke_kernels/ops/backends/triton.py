@@ -21,18 +21,19 @@ from torch import Tensor
 from luke_kernels.ops import dropout
 from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
 
-# (BLOCK_M rows, BLOCK_N keys, num_warps, num_stages) by kernel and padded head_dim. Chosen by compiling for sm_80, 90,
-# 100 and 120: next to no spilled registers, and on consumer chips within their 99 KB of shared memory. Not yet timed.
+# (BLOCK_M rows, BLOCK_N keys, num_warps, num_stages) by kernel and padded head_dim. Chosen by compiling for sm_80, 90
+# and 100 under Triton 3.6 and 3.9 (tests/ops/compile_triton.py bounds the spills): dK/dV of twice the tile spills 3 KB
+# on sm_80 under 3.9. Not yet timed.
 HALF_CONFIGS = {
-    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
-    "bwd_dq": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2)},
-    "bwd_dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
+    "fwd": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
+    "bwd_dq": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2)},
+    "bwd_dkdv": {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (16, 128, 8, 2)},
 }
-# fp32 products run on the FMA units, whose operands live in registers.
+# fp32 products run on the FMA units, whose operands live in registers; some of these spill up to 360 bytes.
 FLOAT32_CONFIGS = {
-    "fwd": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2)},
-    "bwd_dq": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 16, 4, 2)},
-    "bwd_dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+    "fwd": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2)},
+    "bwd_dq": {32: (64, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 16, 4, 2)},
+    "bwd_dkdv": {32: (32, 64, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
 }
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 # Numbers of tokens change from batch to batch: specialising on them would compile again and again.
@@ -447,8 +448,8 @@ def _shared(words: Tensor, entities: Tensor, layout: Layout, dropout_p: float, s
     constants = {
         "STACK": stack,
         "HEAD_DIM": head_dim,
-        # The least size tl.dot takes is 16.
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        # For 16 every tile of dK/dV compiles to stmatrix on sm_90, the mark of the fault named at _gather_dkdv.
+        "BLOCK_D": max(32, triton.next_power_of_2(head_dim)),
         "DROPOUT": seed is not None,
         "PRECISION": "tf32" if tf32 else "ieee",
         # Triton 3.9 warns, and 3.10 leaves it off, where a caller does not choose.
