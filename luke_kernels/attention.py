@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luke_kernels.ops.attention import (
+    attend_joint,
     attention_with_probabilities,
     check_dropout,
     entity_aware_attention,
     entity_aware_attention_varlen,
 )
 from luke_kernels.ops.backends import check_name
-from luke_kernels.packing import PackedLengths
+from luke_kernels.ops.layout import Layout
+from luke_kernels.packing import PackedBatch, PackedLengths
 
 
 class EntityAwareSelfAttention(nn.Module):
@@ -176,6 +178,41 @@ class EntityAwareSelfAttention(nn.Module):
             f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, "
             f"entity_aware={self.entity_aware}, backend={self.backend!r}"
         )
+
+
+class PackedSelfAttention(EntityAwareSelfAttention):
+    """The same for an encoder that keeps the words and entities of a batch in one buffer, words first.
+
+    Its caller has checked the lengths, once for all layers.
+    """
+
+    def forward(self, hidden: Tensor, num_words: int, layout: Layout) -> Tensor:  # type: ignore[override]
+        """Attend among the tokens of each sequence: (Tw + Te, C) -> contexts (Tw + Te, C)."""
+        words, entities = self._project_joint(hidden, num_words)
+        dropout_p = self.dropout if self.training else 0.0
+        return attend_joint(words, entities, layout, dropout_p, self.backend).flatten(-2)
+
+    def with_probabilities(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Also return the probabilities, (B, H, W + E, W + E) as the batch is padded, by the reference path."""
+        words, entities = self._project_joint(hidden, batch.num_words)
+        masks = {"word_mask": batch.pad_words(torch.ones_like(batch.word_rows, dtype=torch.bool))}
+        padded_entities = None
+        if entities is not None:
+            masks["entity_mask"] = batch.pad_entities(torch.ones_like(batch.entity_rows, dtype=torch.bool))
+            padded_entities = batch.pad_entities(entities)
+        out_words, out_entities, probs = attention_with_probabilities(
+            batch.pad_words(words), padded_entities, **masks, dropout_p=self.dropout if self.training else 0.0
+        )
+        contexts = [batch.pack_words(out_words)]
+        if out_entities is not None:
+            contexts.append(batch.pack_entities(out_entities))
+        return torch.cat(contexts).flatten(-2), probs
+
+    def _project_joint(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
+        if hidden.shape[0] == num_words:
+            return self._project(hidden, ("query",)), None
+        word_hidden, entity_hidden = hidden.split([num_words, hidden.shape[0] - num_words])
+        return self.project_words(word_hidden), self.project_entities(entity_hidden)
 
 
 def _merge_heads(words: Tensor, entities: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,11 +1,16 @@
 """Packed batches: sequences laid one after another, no padding."""
 
+import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from luke_kernels.ops.attention import described
+from luke_kernels.ops.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,344 @@ class PackedLengths:
             max(entity_lengths, default=0),
         )
 
+    @property
+    def batch_size(self) -> int:
+        return self.cu_words.shape[0] - 1
+
+    def layout(self) -> Layout:
+        """Return the offsets and lengths as the op takes them; every row is in a sequence."""
+        return Layout(
+            self.cu_words[:-1],
+            self.cu_words.diff(),
+            self.cu_entities[:-1],
+            self.cu_entities.diff(),
+            self.max_words,
+            self.max_entities,
+            covers_rows=True,
+        )
+
     def to(self, device: torch.device | str) -> "PackedLengths":
         """Move the tensors to a device."""
         return PackedLengths(self.cu_words.to(device), self.cu_entities.to(device), self.max_words, self.max_entities)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The inputs of LUKE with no padding: Tw words and Te entities of B sequences, one after another.
+
+    Make one on the CPU with `from_encodings` (what a tokenizer gives) or `from_padded`, and move it with `to`: then no
+    model waits for the device to learn a length.
+
+    Attributes:
+        lengths: Where each sequence begins.
+        input_ids: Word ids, int64 (Tw,); None where `inputs_embeds` stands for them.
+        position_ids: Positions of the words in the word position table, int64 (Tw,).
+        entity_ids: Entity ids, int64 (Te,).
+        entity_position_ids: The words of each entity's mention, by rank in the sequence, int64 (Te, M), -1 pads.
+        word_rows: Row of each word in a padded batch (B * W,), int64 (Tw,); `pad_words` undoes the packing with it.
+        entity_rows: The same for entities, int64 (Te,).
+        padded_words: W of that padded batch.
+        padded_entities: E of that padded batch.
+        token_type_ids, entity_token_type_ids: int64 (Tw,), (Te,), or None: all 0.
+        entity_start_positions, entity_end_positions: First and last word of each mention, by rank in the sequence,
+            int64 (Te,); span classification reads them.
+        inputs_embeds: Embeddings of the words, (Tw, C), in place of `input_ids`.
+    """
+
+    lengths: PackedLengths
+    input_ids: Tensor | None
+    position_ids: Tensor
+    entity_ids: Tensor
+    entity_position_ids: Tensor
+    word_rows: Tensor
+    entity_rows: Tensor
+    padded_words: int
+    padded_entities: int
+    token_type_ids: Tensor | None = None
+    entity_token_type_ids: Tensor | None = None
+    entity_start_positions: Tensor | None = None
+    entity_end_positions: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        entity_ids: Tensor | None = None,
+        entity_attention_mask: Tensor | None = None,
+        entity_token_type_ids: Tensor | None = None,
+        entity_position_ids: Tensor | None = None,
+        entity_start_positions: Tensor | None = None,
+        entity_end_positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        pad_token_id: int = 1,
+    ) -> "PackedBatch":
+        """Pack a padded batch, as transformers' LukeTokenizer makes it.
+
+        Args:
+            input_ids: Word ids, (B, W).
+            attention_mask: Which words exist, (B, W), bool or 0 and 1; None: all, as in transformers. Any pattern.
+            token_type_ids: (B, W).
+            position_ids: (B, W); None: words that are not `pad_token_id` count from pad_token_id + 1 on, others get
+                pad_token_id; with `inputs_embeds`, all words count.
+            entity_ids: (B, E); None for no entities.
+            entity_attention_mask: Which entities exist, (B, E); None: all.
+            entity_token_type_ids: (B, E).
+            entity_position_ids: Mentions' words by their place among the words that exist, (B, E, M), -1 pads.
+            entity_start_positions, entity_end_positions: Columns of `input_ids`, (B, E).
+            inputs_embeds: (B, W, C), in place of `input_ids`.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes do not fit, an entity argument comes without `entity_ids`, or
+                `entity_position_ids` is missing.
+        """
+        words = _check_words(input_ids, inputs_embeds)
+        batch, num_words = words.shape[:2]
+        _check("attention_mask", attention_mask, (batch, num_words))
+        _check("token_type_ids", token_type_ids, (batch, num_words))
+        _check("position_ids", position_ids, (batch, num_words))
+        given = {
+            "entity_attention_mask": entity_attention_mask,
+            "entity_token_type_ids": entity_token_type_ids,
+            "entity_position_ids": entity_position_ids,
+            "entity_start_positions": entity_start_positions,
+            "entity_end_positions": entity_end_positions,
+        }
+        if entity_ids is None:
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} must be None where entity_ids is None, got {described(value)}")
+            entity_ids = words.new_empty((batch, 0), dtype=torch.int64)
+            entity_position_ids = words.new_empty((batch, 0, 1), dtype=torch.int64)
+        elif entity_position_ids is None:
+            raise ValueError("entity_position_ids must be given with entity_ids, got None")
+        _check("entity_ids", entity_ids, (batch, None))
+        num_entities = entity_ids.shape[1]
+        for name, value in given.items():
+            _check(name, value, (batch, num_entities, *((None,) if name == "entity_position_ids" else ())))
+        if (entity_start_positions is None) != (entity_end_positions is None):
+            raise ValueError("entity_start_positions and entity_end_positions must come together, got one of them")
+
+        word_mask = _mask("attention_mask", attention_mask, words, num_words)
+        entity_mask = _mask("entity_attention_mask", entity_attention_mask, words, num_entities)
+        # One wait for the device, for both kinds.
+        word_lengths, entity_lengths = torch.stack([word_mask.sum(dim=1), entity_mask.sum(dim=1)]).tolist()
+        rows = [
+            torch.nonzero_static(mask.flatten(), size=sum(lengths)).squeeze(1)
+            for mask, lengths in ((word_mask, word_lengths), (entity_mask, entity_lengths))
+        ]
+        if position_ids is None:
+            position_ids = _default_positions(input_ids, words, pad_token_id)
+        if entity_start_positions is not None and entity_end_positions is not None:
+            # From columns to ranks among the words that exist.
+            ranks = word_mask.cumsum(dim=1) - 1
+            starts, ends = (
+                ranks.gather(1, positions.clamp(0, max(num_words - 1, 0))) if num_words else positions
+                for positions in (entity_start_positions, entity_end_positions)
+            )
+        else:
+            starts = ends = None
+
+        def pack(padded: Tensor | None, rows: Tensor) -> Tensor | None:
+            return None if padded is None else padded.flatten(0, 1).index_select(0, rows)
+
+        return cls(
+            PackedLengths.from_lengths(word_lengths, entity_lengths).to(words.device),
+            pack(input_ids, rows[0]),
+            pack(position_ids, rows[0]),  # type: ignore[arg-type]
+            pack(entity_ids, rows[1]),  # type: ignore[arg-type]
+            pack(entity_position_ids, rows[1]),  # type: ignore[arg-type]
+            *rows,
+            num_words,
+            num_entities,
+            pack(token_type_ids, rows[0]),
+            pack(entity_token_type_ids, rows[1]),
+            pack(starts, rows[1]),
+            pack(ends, rows[1]),
+            pack(inputs_embeds, rows[0]),
+        )
+
+    @classmethod
+    def from_encodings(
+        cls, encodings: Mapping[str, Sequence] | Sequence[Mapping[str, Sequence]], *, pad_token_id: int = 1
+    ) -> "PackedBatch":
+        """Pack what a tokenizer gives without padding: a mapping of lists of sequences, or a list of mappings.
+
+        Keys are those of `from_padded`; others are ignored, entities may be missing from some sequences, and words and
+        entities that a mask in the encodings excludes are left out.
+
+        Raises:
+            ValueError, TypeError: `input_ids` is missing, no sequence is given, or lengths disagree.
+        """
+        if isinstance(encodings, Mapping):
+            encodings = [
+                {key: values[b] for key, values in encodings.items() if key in _ENCODING_KEYS}
+                for b in range(len(encodings.get("input_ids", ())))
+            ]
+        encodings = list(encodings)
+        if not encodings or any("input_ids" not in encoding for encoding in encodings):
+            raise ValueError("encodings must hold at least one sequence, each with input_ids, got none")
+        present = {key for encoding in encodings for key in encoding}
+        masks = {"attention_mask"} | ({"entity_attention_mask"} if "entity_ids" in present else set())
+        padded = {key: _pad_ragged(key, encodings) for key in _ENCODING_KEYS if key in present | masks}
+        return cls.from_padded(**padded, pad_token_id=pad_token_id)
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.batch_size
+
+    @property
+    def num_words(self) -> int:
+        return self.position_ids.shape[0]
+
+    @property
+    def num_entities(self) -> int:
+        return self.entity_ids.shape[0]
+
+    def __post_init__(self) -> None:
+        words, entities = self.position_ids.shape[0], self.entity_ids.shape[0]
+        for name, length in (
+            ("input_ids", words),
+            ("inputs_embeds", words),
+            ("word_rows", words),
+            ("token_type_ids", words),
+            ("entity_position_ids", entities),
+            ("entity_rows", entities),
+            ("entity_token_type_ids", entities),
+            ("entity_start_positions", entities),
+            ("entity_end_positions", entities),
+        ):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != length:
+                raise ValueError(f"{name} must have {length} rows, got {described(value)}")
+        if (self.input_ids is None) == (self.inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds must be given, and not both")
+        # Kernels trust them; elsewhere reading would wait for the device.
+        if self.lengths.cu_words.device.type == "cpu" and not torch.compiler.is_compiling():
+            totals = int(self.lengths.cu_words[-1]), int(self.lengths.cu_entities[-1])
+            if totals != (words, entities):
+                raise ValueError(f"lengths must add up to {words} words and {entities} entities, got {totals}")
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """Move all tensors to a device."""
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | PackedLengths)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pack_words(self, padded: Tensor) -> Tensor:
+        """Pack something of each word (labels, say): (B, W, ...) -> (Tw, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.word_rows)
+
+    def pack_entities(self, padded: Tensor) -> Tensor:
+        """Pack something of each entity: (B, E, ...) -> (Te, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.entity_rows)
+
+    def pad_words(self, packed: Tensor, fill: float = 0) -> Tensor:
+        """Put what is packed back where it was in the padded batch: (Tw, ...) -> (B, W, ...), `fill` in the pads."""
+        return _pad(packed, self.word_rows, self.batch_size, self.padded_words, fill)
+
+    def pad_entities(self, packed: Tensor, fill: float = 0) -> Tensor:
+        """Put what is packed back: (Te, ...) -> (B, E, ...)."""
+        return _pad(packed, self.entity_rows, self.batch_size, self.padded_entities, fill)
+
+    def sequence_of_entity(self) -> Tensor:
+        """Return which sequence each entity belongs to, int64 (Te,)."""
+        cu = self.lengths.cu_entities
+        sequences = torch.arange(self.batch_size, device=cu.device)
+        return sequences.repeat_interleave(cu.diff(), output_size=self.num_entities)
+
+
+# What each key of an encoding has one value for.
+_ENCODING_KEYS = {
+    "input_ids": "input_ids",
+    "attention_mask": "input_ids",
+    "token_type_ids": "input_ids",
+    "position_ids": "input_ids",
+    "entity_ids": "entity_ids",
+    "entity_attention_mask": "entity_ids",
+    "entity_token_type_ids": "entity_ids",
+    "entity_position_ids": "entity_ids",
+    "entity_start_positions": "entity_ids",
+    "entity_end_positions": "entity_ids",
+}
+
+
+def _pad_ragged(key: str, encodings: list[Mapping[str, Any]]) -> Tensor:
+    """Pad one key of encodings on the right, (B, longest) or, for positions of mentions, (B, longest, M)."""
+    lengths = [len(encoding.get(_ENCODING_KEYS[key], ())) for encoding in encodings]
+    mentions = key == "entity_position_ids"
+    mention_lengths = [len(row) for e in encodings for row in e.get(key, ())] if mentions else []
+    tail = (max(mention_lengths, default=1),) if mentions else ()
+    padded = torch.full((len(encodings), max(lengths), *tail), -1 if mentions else 0, device="cpu")
+    for b, (encoding, length) in enumerate(zip(encodings, lengths, strict=True)):
+        # A mask that is missing excludes nothing.
+        values = encoding.get(key, [1] * length if key.endswith("attention_mask") else ())
+        if len(values) != length:
+            raise ValueError(
+                f"{key} must have one value for each of {_ENCODING_KEYS[key]}, {length}, got {len(values)}"
+            )
+        if length:
+            row = torch.as_tensor(values, device="cpu")
+            target = padded[b, :length, : row.shape[1]] if mentions else padded[b, :length]
+            target.copy_(row)
+    return padded
+
+
+def _pad(packed: Tensor, rows: Tensor, batch_size: int, length: int, fill: float) -> Tensor:
+    padded = packed.new_full((batch_size * length, *packed.shape[1:]), fill)
+    return padded.index_copy(0, rows, packed).unflatten(0, (batch_size, length))
+
+
+def _check_words(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Return whichever is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids or inputs_embeds must be given, and not both")
+    if input_ids is None:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must be (B, W, C), got {described(inputs_embeds)}")
+        return inputs_embeds
+    _check("input_ids", input_ids, (None, None))
+    return input_ids
+
+
+def _check(name: str, tensor: Tensor | None, shape: tuple[int | None, ...]) -> None:
+    """Check the shape and that ids are integers."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have the shape ({wanted}), got {tuple(tensor.shape)}")
+    if not name.endswith("mask") and (tensor.dtype.is_floating_point or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+
+
+def _mask(name: str, mask: Tensor | None, words: Tensor, length: int) -> Tensor:
+    """Return which tokens exist, bool (B, length)."""
+    if mask is None:
+        return torch.ones(words.shape[0], length, dtype=torch.bool, device=words.device)
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} must hold 0 and 1 only, got {mask.min().item()} to {mask.max().item()}")
+    return mask.to(words.device).bool()
+
+
+def _default_positions(input_ids: Tensor | None, words: Tensor, pad_token_id: int) -> Tensor:
+    """Count as RoBERTa does: pads stay at the position of the pad, (B, W)."""
+    if input_ids is None:
+        return torch.arange(pad_token_id + 1, pad_token_id + 1 + words.shape[1], device=words.device).expand(
+            words.shape[:2]
+        )
+    counted = (input_ids != pad_token_id).to(torch.int64)
+    return counted.cumsum(dim=1) * counted + pad_token_id
 
 
 def _integers(name: str, lengths: Sequence[int] | Tensor) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luke_kernels.ops import backends, library, reference
 from luke_kernels.ops.dropout import draw_seed
+from luke_kernels.ops.layout import Layout
 
 
 def entity_aware_attention(
@@ -125,9 +126,9 @@ def entity_aware_attention_varlen(
     if entities is None:
         for name, value in (("cu_entities", cu_entities), ("max_entities", max_entities or None)):
             if value is not None:
-                raise ValueError(f"{name} must be None or 0 where entities is None, got {_described(value)}")
+                raise ValueError(f"{name} must be None or 0 where entities is None, got {described(value)}")
     elif _check_cumulative("entities", entities, cu_entities, max_entities) != batch:
-        raise ValueError(f"cu_entities must have the length of cu_words, {batch + 1}, got {_described(cu_entities)}")
+        raise ValueError(f"cu_entities must have the length of cu_words, {batch + 1}, got {described(cu_entities)}")
     words, entities = _autocast(words), None if entities is None else _autocast(entities)
     options = _check_options(words, scale, dropout_p, seed, backend)
     return library.attention(
@@ -140,6 +141,26 @@ def entity_aware_attention_varlen(
         # Where the values cannot be checked, they may leave rows out.
         _readable(cu_words) and (cu_entities is None or _readable(cu_entities)),
         *options,
+    )
+
+
+def attend_joint(words: Tensor, entities: Tensor | None, layout: Layout, dropout_p: float, backend: str) -> Tensor:
+    """Attend as `entity_aware_attention_varlen` does, for callers who have checked: one buffer comes out, words first.
+
+    Returns:
+        out (Tw + Te, H, D).
+    """
+    words, entities = _autocast(words), None if entities is None else _autocast(entities)
+    offsets = layout[:4] if entities is not None else (*layout[:2], None, None)
+    return library.attention(
+        words,
+        entities,
+        *offsets,
+        layout.max_words,
+        0 if entities is None else layout.max_entities,
+        layout.covers_rows,
+        *_check_options(words, None, dropout_p, None, backend),
+        split=False,
     )
 
 
@@ -281,7 +302,8 @@ def _full(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.full((batch,), length, dtype=torch.int32, device=device)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return how an error shows a value: a tensor by dtype and shape."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
@@ -325,10 +347,10 @@ def _check_presence(kind: str, tokens: Tensor | None, mask: Tensor | None, lengt
     if tokens is None:
         for name, value in ((f"{kind}_mask", mask), (f"{kind}_lengths", lengths)):
             if value is not None:
-                raise ValueError(f"{name} must be None where entities is None, got {_described(value)}")
+                raise ValueError(f"{name} must be None where entities is None, got {described(value)}")
         return
     if mask is not None and lengths is not None:
-        raise ValueError(f"{kind}_lengths must be None where {kind}_mask is given, got {_described(lengths)}")
+        raise ValueError(f"{kind}_lengths must be None where {kind}_mask is given, got {described(lengths)}")
     batch, length = tokens.shape[:2]
     if mask is not None:
         _check_tensor(f"{kind}_mask", mask, tokens, (batch, length))
@@ -349,10 +371,10 @@ def _check_presence(kind: str, tokens: Tensor | None, mask: Tensor | None, lengt
 def _check_cumulative(kind: str, tokens: Tensor, cu: Tensor | None, max_length: int) -> int:
     """Check cumulative lengths and their bound; return the number of sequences."""
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.shape[0] < 1:
-        raise ValueError(f"cu_{kind} must be a tensor (B + 1,), got {_described(cu)}")
+        raise ValueError(f"cu_{kind} must be a tensor (B + 1,), got {described(cu)}")
     _check_tensor(f"cu_{kind}", cu, tokens, cu.shape, torch.int32)
     if isinstance(max_length, bool) or not isinstance(max_length, int | torch.SymInt):
-        raise TypeError(f"max_{kind} must be an int, got {_described(max_length)}")
+        raise TypeError(f"max_{kind} must be an int, got {described(max_length)}")
     if max_length < 0:
         raise ValueError(f"max_{kind} must not be negative, got {max_length}")
     if _readable(cu):

@@ -1,0 +1,493 @@
+"""LUKE with a head: masked words and entities, entity typing, relations, spans, sequences, tokens, answers, choices.
+
+Every head takes the inputs of `LukeModel`, padded or as a `PackedBatch`; parameters, outputs and losses are those of
+transformers' classes of the same names.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luke_kernels.config import ACTIVATIONS, LukeConfig
+from luke_kernels.model import Encoded, LukeModel, LukePreTrainedModel, ModelOutput, resized
+from luke_kernels.ops.attention import described
+from luke_kernels.packing import PackedBatch
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """`loss` is the sum of both; `logits` (B, W, V) and `entity_logits` (B, E, N), packed (Tw, V) and (Te, N)."""
+
+    loss: Tensor | None = None
+    mlm_loss: Tensor | None = None
+    mep_loss: Tensor | None = None
+    logits: Tensor | None = None
+    entity_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    entity_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ClassifierOutput(ModelOutput):
+    """`logits` before the softmax or sigmoid, their shape as the head says."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    entity_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """Logits of where the answer starts and ends, (B, W), the least float in the pads; packed (Tw,)."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    entity_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+Output = TypeVar("Output", MaskedLMOutput, ClassifierOutput, QuestionAnsweringOutput)
+
+
+class LukeHead(LukePreTrainedModel):
+    """A head on `self.luke`: a subclass gives `score`, which turns packed states into its output."""
+
+    def __init__(self, config: LukeConfig, *, pools: bool = False, backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.luke = LukeModel(config, add_pooling_layer=pools, backend=backend)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        entity_ids: Tensor | None = None,
+        entity_attention_mask: Tensor | None = None,
+        entity_token_type_ids: Tensor | None = None,
+        entity_position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        entity_labels: Tensor | None = None,
+        entity_start_positions: Tensor | None = None,
+        entity_end_positions: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        positions: Tensor | None = None,
+        entity_candidates: Tensor | None = None,
+        num_choices: int | None = None,
+    ) -> Any:
+        """Encode a batch and score it; with labels, also the loss.
+
+        Args:
+            input_ids, ..., return_dict: As in `LukeModel`.
+            labels: What the head learns from, its shape as the class says; of words and entities as the batch came.
+            others: Only where the class names them. They stand here so that one signature serves every head.
+
+        Returns:
+            The output the class names.
+
+        Raises:
+            ValueError, TypeError: as in `LukeModel`; or an argument that this head does not take is given.
+        """
+        given = {
+            "labels": labels,
+            "entity_labels": entity_labels,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "positions": positions,
+            "entity_candidates": entity_candidates,
+            "num_choices": num_choices,
+        }
+        arguments = {name: value for name, value in given.items() if value is not None}
+        for name, value in arguments.items():
+            if name not in self.takes:
+                raise ValueError(f"{name} must be None for {type(self).__name__}, got {described(value)}")
+        inputs = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "entity_ids": entity_ids,
+            "entity_attention_mask": entity_attention_mask,
+            "entity_token_type_ids": entity_token_type_ids,
+            "entity_position_ids": entity_position_ids,
+            "entity_start_positions": entity_start_positions,
+            "entity_end_positions": entity_end_positions,
+            "inputs_embeds": inputs_embeds,
+        }
+        if not isinstance(input_ids, PackedBatch):
+            inputs["input_ids"] = input_ids
+            inputs, arguments = self.arrange(inputs, arguments)
+            input_ids = inputs.pop("input_ids")
+        encoded = self.luke.encode(
+            input_ids, **inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
+        output = self.score(encoded, **arguments)
+        output.hidden_states, output.entity_hidden_states = encoded.hidden_states, encoded.entity_hidden_states
+        output.attentions = encoded.attentions
+        return output.to_tuple() if return_dict is False else output
+
+    def init_head(self) -> None:
+        """Draw the weights of the head; the encoder has drawn its own."""
+        self.init_weights({name for name, _ in self.named_parameters() if not name.startswith("luke.")})
+
+    # Names of the arguments that `score` takes.
+    takes: tuple[str, ...] = ("labels",)
+
+    def arrange(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Bring padded inputs into the shapes that `LukeModel` takes."""
+        return inputs, arguments
+
+    def score(self, encoded: Encoded, **arguments: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define score")
+
+
+class LMHead(nn.Module):
+    """Word prediction; the activation is gelu whatever the config says, as in every checkpoint."""
+
+    def __init__(self, config: LukeConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Tied by the model: no memory of its own.
+        device = "meta" if config.tie_word_embeddings else None
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, device=device)
+        self.bias = self.decoder.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(words))))
+
+
+class EntityPredictions(nn.Module):
+    """Entity prediction in the smaller size of the entity table."""
+
+    def __init__(self, config: LukeConfig):
+        super().__init__()
+        emb_size = config.entity_emb_size
+        assert emb_size is not None
+        norm = nn.LayerNorm(emb_size, eps=config.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, emb_size), "LayerNorm": norm})
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.decoder = nn.Linear(emb_size, config.entity_vocab_size, bias=False, device="meta")  # tied by the model
+        self.bias = nn.Parameter(torch.zeros(config.entity_vocab_size))
+
+    def forward(self, entities: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Score entities (Te, C) against all (Te, N), candidates (K,) for all, or candidates (Te, K) for each."""
+        hidden = self.transform["LayerNorm"](self.activation(self.transform["dense"](entities)))
+        if candidates is None:
+            return self.decoder(hidden) + self.bias
+        table, bias = self.decoder.weight, self.bias
+        if candidates.dim() == 1:
+            return F.linear(hidden, table[candidates], bias[candidates])
+        padded = candidates.clamp(min=0)
+        logits = torch.einsum("ed,ekd->ek", hidden, table[padded]) + bias[padded]
+        return logits.masked_fill(candidates < 0, -torch.inf)
+
+
+class LukeForMaskedLM(LukeHead):
+    """Prediction of masked words and masked entities. Source: Yamada et al. 2020, section 3.3.
+
+    `score` takes labels (B, W) and entity_labels (B, E), -100 where nothing is to be predicted; or, to score few:
+    positions (B, P), columns of the padded batch whose words to score, -1 pads (packed: rows (P,)), giving logits
+    (B, P, V); and entity_candidates, entity ids (K,), or (B, E, K) with -1 pads (packed: (Te, K)), giving
+    entity_logits (B, E, K). Returns `MaskedLMOutput`.
+    """
+
+    takes = ("labels", "entity_labels", "positions", "entity_candidates")
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.lm_head = LMHead(config)
+        self.entity_predictions = EntityPredictions(config)
+        self.tie_weights()
+        self.init_head()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.decoder.weight = self.get_input_embeddings().weight
+        self.lm_head.decoder.bias = self.lm_head.bias
+        self.entity_predictions.decoder.weight = self.get_entity_embeddings().weight
+
+    def _resize_outputs(self, setting: str, size: int) -> None:
+        std = self.config.initializer_range
+        if setting == "entity_vocab_size":
+            self.entity_predictions.bias = resized(self.entity_predictions.bias, size, 0.0)
+            return
+        self.lm_head.bias = resized(self.lm_head.bias, size, 0.0)
+        if not self.config.tie_word_embeddings:
+            self.lm_head.decoder.weight = resized(self.lm_head.decoder.weight, size, std)
+
+    def score(
+        self,
+        encoded: Encoded,
+        labels: Tensor | None = None,
+        entity_labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        entity_candidates: Tensor | None = None,
+    ) -> MaskedLMOutput:
+        for name, few, other, value in (
+            ("positions", positions, "labels", labels),
+            ("entity_candidates", entity_candidates, "entity_labels", entity_labels),
+        ):
+            if few is not None and value is not None:
+                raise ValueError(f"{name} must be None where {other} is given, got {described(few)}")
+        output = MaskedLMOutput()
+        if positions is None:
+            logits = self.lm_head(encoded.words)
+            if labels is not None:
+                output.mlm_loss = F.cross_entropy(logits, encoded.labels_of_words(labels))
+            output.logits = encoded.as_words(logits)
+        else:
+            output.logits = self._score_positions(encoded, positions)
+        if encoded.batch.padded_entities:
+            candidates = entity_candidates
+            if candidates is not None and candidates.dim() > 1:
+                candidates = encoded.labels_of_entities(candidates)
+            entity_logits = self.entity_predictions(encoded.entities, candidates)
+            if entity_labels is not None:
+                output.mep_loss = F.cross_entropy(entity_logits, encoded.labels_of_entities(entity_labels))
+            output.entity_logits = encoded.as_entities(entity_logits)
+        losses = [loss for loss in (output.mlm_loss, output.mep_loss) if loss is not None]
+        output.loss = sum(losses[1:], losses[0]) if losses else None
+        return output
+
+    def _score_positions(self, encoded: Encoded, positions: Tensor) -> Tensor:
+        if encoded.is_packed:
+            return self.lm_head(encoded.words.index_select(0, positions))
+        words = encoded.as_words(encoded.words)
+        if positions.dim() != 2 or positions.shape[0] != words.shape[0]:
+            raise ValueError(f"positions must be (B, P) with B = {words.shape[0]}, got {tuple(positions.shape)}")
+        columns = positions.clamp(min=0)[..., None].expand(-1, -1, words.shape[-1])
+        logits = self.lm_head(words.gather(1, columns))
+        return logits.masked_fill(positions[..., None] < 0, 0)
+
+
+class LukeForEntityClassification(LukeHead):
+    """Typing of each sequence's first entity, as for Open Entity.
+
+    labels: (B,) of classes, or (B, num_labels) of 0 and 1 where several may hold. logits (B, num_labels).
+    """
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.init_head()
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
+        logits = self.classifier(self.dropout(_entities_of_each(encoded, 1)))
+        return ClassifierOutput(_one_or_several(logits, labels), logits)
+
+
+class LukeForEntityPairClassification(LukeHead):
+    """Relation between each sequence's first two entities, as for TACRED.
+
+    labels: (B,) of classes, or (B, num_labels) of 0 and 1 where several may hold. logits (B, num_labels).
+    """
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels, bias=False)
+        self.init_head()
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
+        logits = self.classifier(self.dropout(_entities_of_each(encoded, 2)))
+        return ClassifierOutput(_one_or_several(logits, labels), logits)
+
+
+class LukeForEntitySpanClassification(LukeHead):
+    """Classification of every entity by its first word, its last word and itself, as for named entity recognition.
+
+    Needs entity_start_positions and entity_end_positions (B, E), first and last column of each mention.
+    labels: (B, E) of classes, -100 ignored, or (B, E, num_labels) of 0 and 1; packed (Te, ...).
+    logits (B, E, num_labels); packed (Te, num_labels).
+    """
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(3 * config.hidden_size, self.num_labels)
+        self.init_head()
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
+        batch = encoded.batch
+        starts, ends = batch.entity_start_positions, batch.entity_end_positions
+        if starts is None or ends is None:
+            raise ValueError("entity_start_positions and entity_end_positions must be given for span classification")
+        sequences = batch.sequence_of_entity()
+        cu_words = batch.lengths.cu_words
+        first_words, lengths = cu_words[sequences], cu_words.diff()[sequences]
+        if first_words.device.type == "cpu" and not torch.compiler.is_compiling():
+            for name, ranks in (("entity_start_positions", starts), ("entity_end_positions", ends)):
+                if ((ranks < 0) | (ranks >= lengths)).any():
+                    raise ValueError(f"{name} must point at words of the entity's sequence, got {ranks.tolist()}")
+        features = [encoded.words.index_select(0, first_words + ranks) for ranks in (starts, ends)]
+        logits = self.classifier(self.dropout(torch.cat([*features, encoded.entities], dim=1)))
+        loss = None
+        if labels is not None:
+            loss = _one_or_several(logits, encoded.labels_of_entities(labels))
+        return ClassifierOutput(loss, encoded.as_entities(logits))
+
+
+class LukeForSequenceClassification(LukeHead):
+    """Classification or regression of the pooled first word.
+
+    labels: (B,), or (B, num_labels); the loss is that of config.problem_type. logits (B, num_labels).
+    """
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.init_head()
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
+        logits = self.classifier(self.dropout(self.luke.pool(encoded)))
+        if labels is None:
+            return ClassifierOutput(None, logits)
+        labels = labels.to(logits.device)
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            if self.num_labels == 1:
+                problem_type = "regression"
+            elif labels.dtype.is_floating_point:
+                problem_type = "multi_label_classification"
+            else:
+                problem_type = "single_label_classification"
+        if problem_type == "regression":
+            loss = F.mse_loss(logits.view_as(labels), labels)
+        elif problem_type == "single_label_classification":
+            loss = F.cross_entropy(logits, labels.flatten())
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+        return ClassifierOutput(loss, logits)
+
+
+class LukeForTokenClassification(LukeHead):
+    """Classification of every word.
+
+    labels: (B, W) of classes, -100 ignored. logits (B, W, num_labels); packed (Tw, ...).
+    """
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, backend=backend)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.init_head()
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
+        logits = self.classifier(self.dropout(encoded.words))
+        loss = None if labels is None else F.cross_entropy(logits, encoded.labels_of_words(labels))
+        return ClassifierOutput(loss, encoded.as_words(logits))
+
+
+class LukeForQuestionAnswering(LukeHead):
+    """Where an answer starts and ends, as for SQuAD.
+
+    start_positions, end_positions: (B,), columns of the words; those outside the sequence are ignored. Pads take no
+    part: their logits are the least float.
+    """
+
+    takes = ("start_positions", "end_positions")
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, backend=backend)
+        if self.num_labels != 2:
+            raise ValueError(f"num_labels must be 2, start and end, for question answering, got {self.num_labels}")
+        self.qa_outputs = nn.Linear(config.hidden_size, self.num_labels)
+        self.init_head()
+
+    def score(
+        self, encoded: Encoded, start_positions: Tensor | None = None, end_positions: Tensor | None = None
+    ) -> QuestionAnsweringOutput:
+        logits = self.qa_outputs(encoded.words)
+        lowest = torch.finfo(logits.dtype).min
+        losses = []
+        if start_positions is not None and end_positions is not None:
+            padded = encoded.batch.pad_words(logits, lowest)
+            ignored = padded.shape[1]
+            for slot, targets in enumerate((start_positions, end_positions)):
+                targets = targets.to(padded.device).flatten().clamp(0, ignored)
+                losses.append(F.cross_entropy(padded[..., slot], targets, ignore_index=ignored))
+        start_logits, end_logits = encoded.as_words(logits, lowest).unbind(dim=-1)
+        return QuestionAnsweringOutput(sum(losses) / 2 if losses else None, start_logits, end_logits)
+
+
+class LukeForMultipleChoice(LukeHead):
+    """Choice among several sequences by their pooled first words.
+
+    Inputs are (B, choices, ...); packed, the B * num_choices sequences one after another, with num_choices given.
+    labels: (B,). logits (B, choices).
+    """
+
+    takes = ("labels", "num_choices")
+
+    def __init__(self, config: LukeConfig, *, backend: str = "auto"):
+        super().__init__(config, pools=True, backend=backend)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.init_head()
+
+    def arrange(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in given.items():
+            if value.dim() < 3:
+                raise ValueError(f"{name} must be (B, choices, ...), got {tuple(value.shape)}")
+        choices = {value.shape[1] for value in given.values()} | {arguments.get("num_choices")} - {None}
+        if len(choices) > 1:
+            raise ValueError(f"num_choices must be the same in all inputs, got {sorted(choices)}")
+        flat = {name: value.flatten(0, 1) for name, value in given.items()}
+        return {**inputs, **flat}, {**arguments, "num_choices": choices.pop() if choices else None}
+
+    def score(self, encoded: Encoded, labels: Tensor | None = None, num_choices: int | None = None) -> ClassifierOutput:
+        if num_choices is None or encoded.batch.batch_size % num_choices:
+            raise ValueError(
+                f"num_choices must divide the number of sequences, {encoded.batch.batch_size}, got {num_choices}"
+            )
+        logits = self.classifier(self.dropout(self.luke.pool(encoded))).view(-1, num_choices)
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        return ClassifierOutput(loss, logits)
+
+
+def _entities_of_each(encoded: Encoded, count: int) -> Tensor:
+    """Return the first entities of every sequence side by side, (B, count * C)."""
+    cu_entities = encoded.batch.lengths.cu_entities
+    if cu_entities.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = cu_entities.diff()
+        if encoded.batch.batch_size and lengths.min() < count:
+            short = int(lengths.argmin())
+            raise ValueError(
+                f"entity_ids must hold at least {count} entities in each sequence, got {lengths[short]} in sequence "
+                f"{short}"
+            )
+    rows = cu_entities[:-1, None] + torch.arange(count, device=cu_entities.device)
+    return encoded.entities[rows].flatten(1)
+
+
+def _one_or_several(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Cross-entropy where labels name one class of each row, binary cross-entropy where they hold 0 and 1 for each."""
+    if labels is None:
+        return None
+    labels = labels.to(logits.device)
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def _classifier_dropout(config: LukeConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
