@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Triton of the GPU machines' PyTorch, for compiling the kernels; the newest, in .venv, interprets them.
 TRITON36 := build/triton-3.6.0
+# The other transformers whose checkpoints and users there are, and the oracle of the tokenizer.
+TRANSFORMERS4 := build/transformers-4.57.6
 SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
-	-o -name '*.jsonl' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md LICENSE
+	-o -name '*.json' -o -name '*.jsonl' -o -name '*.txt' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md LICENSE
 
 .PHONY: test test-all demo lint build clean
 
-test: $(VENV)/wheel $(TRITON36)
+test: $(VENV)/wheel $(TRITON36) $(TRANSFORMERS4)
 	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto $(PYTEST_ARGS)
+	LUKE_KERNELS_TEST_INSTALLED=1 PYTHONPATH=$(TRANSFORMERS4) $(BIN)/pytest -n auto $(PYTEST_ARGS) tests/parity
 
 test-all: PYTEST_ARGS += -m "slow or not slow"
 test-all: test
@@ -38,7 +41,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(INSTALL) torch
 	# torch for CUDA has brought its own triton; torch for the CPU needs one for the interpreter.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
-	$(INSTALL) typer rich numpy pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
+	$(INSTALL) typer rich numpy safetensors huggingface_hub tokenizers pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
 		import-linter build "setuptools>=77"
 	touch $@
 
@@ -52,6 +55,13 @@ $(VENV)/wheel: $(VENV)/ready $(SOURCES)
 $(TRITON36): $(VENV)/ready
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	touch $@
+
+# With what it depends on, which the newer one has in other versions; torch and numpy stay those of .venv.
+$(TRANSFORMERS4): $(VENV)/ready
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==4.57.6 numpy==$(shell \
+		sed -n 's/^numpy==//p' constraints.txt)
 	touch $@
 
 clean:

@@ -1,6 +1,18 @@
 """LUKE on fused entity-aware attention."""
 
 from luke_kernels.attention import EntityAwareSelfAttention
+from luke_kernels.config import LukeConfig
+from luke_kernels.heads import (
+    LukeForEntityClassification,
+    LukeForEntityPairClassification,
+    LukeForEntitySpanClassification,
+    LukeForMaskedLM,
+    LukeForMultipleChoice,
+    LukeForQuestionAnswering,
+    LukeForSequenceClassification,
+    LukeForTokenClassification,
+)
+from luke_kernels.model import LukeModel, LukePreTrainedModel
 from luke_kernels.ops import (
     available_backends,
     entity_aware_attention,
@@ -8,11 +20,25 @@ from luke_kernels.ops import (
     explain_backends,
     stack_projections,
 )
-from luke_kernels.packing import PackedLengths
+from luke_kernels.packing import PackedBatch, PackedLengths
+from luke_kernels.tokenizer import LukeTokenizer
 from luke_kernels.version import __version__
 
 __all__ = [
     "EntityAwareSelfAttention",
+    "LukeConfig",
+    "LukeForEntityClassification",
+    "LukeForEntityPairClassification",
+    "LukeForEntitySpanClassification",
+    "LukeForMaskedLM",
+    "LukeForMultipleChoice",
+    "LukeForQuestionAnswering",
+    "LukeForSequenceClassification",
+    "LukeForTokenClassification",
+    "LukeModel",
+    "LukePreTrainedModel",
+    "LukeTokenizer",
+    "PackedBatch",
     "PackedLengths",
     "__version__",
     "available_backends",

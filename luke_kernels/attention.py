@@ -195,7 +195,7 @@ class PackedSelfAttention(EntityAwareSelfAttention):
     def with_probabilities(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Also return the probabilities, (B, H, W + E, W + E) as the batch is padded, by the reference path."""
         words, entities = self._project_joint(hidden, batch.num_words)
-        masks = {"word_mask": batch.pad_words(torch.ones_like(batch.word_rows, dtype=torch.bool))}
+        masks: dict[str, Any] = {"word_mask": batch.pad_words(torch.ones_like(batch.word_rows, dtype=torch.bool))}
         padded_entities = None
         if entities is not None:
             masks["entity_mask"] = batch.pad_entities(torch.ones_like(batch.entity_rows, dtype=torch.bool))

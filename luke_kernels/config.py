@@ -86,24 +86,36 @@ class LukeConfig:
     def __post_init__(self) -> None:
         if self.entity_emb_size is None:
             self.entity_emb_size = self.hidden_size
-        if self.id2label is not None:
-            self.id2label = {int(label): name for label, name in self.id2label.items()}
         if self.num_labels is None:
             self.num_labels = 2 if self.id2label is None else len(self.id2label)
-        if self.id2label is None:
-            self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
-        if len(self.id2label) != self.num_labels:
-            raise ValueError(f"id2label must name num_labels, {self.num_labels}, labels, got {len(self.id2label)}")
         for name in _SIZES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
+            if value > LARGEST_SIZE:
+                raise ValueError(f"{name} must be at most {LARGEST_SIZE}, got {value}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if type(value) is not int and (value is not None or name == "pad_token_id"):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        for name in ("use_entity_aware_attention", "tie_word_embeddings", "output_attentions", "output_hidden_states"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if (value is not None or name != "classifier_dropout") and not (_is_number(value) and 0 <= value < 1):
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        self._name_labels()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, {self.num_attention_heads}, "
                 f"got {self.hidden_size}"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
         if not 0 <= self.pad_token_id < min(self.vocab_size, self.max_position_embeddings - 1):
             raise ValueError(
@@ -113,6 +125,21 @@ class LukeConfig:
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(
                 f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
+            )
+
+    def _name_labels(self) -> None:
+        assert self.num_labels is not None
+        if self.id2label is None:
+            if self.num_labels > MOST_UNNAMED_LABELS:
+                raise ValueError(f"id2label must be given for more than {MOST_UNNAMED_LABELS} labels, got None")
+            self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
+        try:
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
+        except (AttributeError, ValueError):
+            raise TypeError(f"id2label must be a dict of names by int, got {self.id2label!r}") from None
+        if len(self.id2label) != self.num_labels:
+            raise ValueError(
+                f"id2label must name num_labels, {self.num_labels}, labels, got {len(self.id2label)} names"
             )
 
     @property
@@ -169,6 +196,10 @@ class LukeConfig:
         return {**self.extra, **values, "label2id": self.label2id, "model_type": "luke"}
 
 
+# The product of two, in bytes, is still a size torch can count.
+LARGEST_SIZE = 2**30
+# A damaged file must not fill the memory with names.
+MOST_UNNAMED_LABELS = 2**20
 _SIZES = (
     "vocab_size",
     "entity_vocab_size",
@@ -184,6 +215,10 @@ _SIZES = (
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -195,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} must exist, got no such file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got an error: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")

@@ -4,6 +4,7 @@ Every head takes the inputs of `LukeModel`, padded or as a `PackedBatch`; parame
 transformers' classes of the same names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +60,9 @@ Output = TypeVar("Output", MaskedLMOutput, ClassifierOutput, QuestionAnsweringOu
 
 class LukeHead(LukePreTrainedModel):
     """A head on `self.luke`: a subclass gives `score`, which turns packed states into its output."""
+
+    score: Callable[..., Any]
+    takes: tuple[str, ...] = ("labels",)  # the arguments of `score`
 
     def __init__(self, config: LukeConfig, *, pools: bool = False, backend: str = "auto"):
         super().__init__()
@@ -145,15 +149,9 @@ class LukeHead(LukePreTrainedModel):
         """Draw the weights of the head; the encoder has drawn its own."""
         self.init_weights({name for name, _ in self.named_parameters() if not name.startswith("luke.")})
 
-    # Names of the arguments that `score` takes.
-    takes: tuple[str, ...] = ("labels",)
-
     def arrange(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Bring padded inputs into the shapes that `LukeModel` takes."""
         return inputs, arguments
-
-    def score(self, encoded: Encoded, **arguments: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} must define score")
 
 
 class LMHead(nn.Module):
@@ -329,13 +327,7 @@ class LukeForEntitySpanClassification(LukeHead):
         starts, ends = batch.entity_start_positions, batch.entity_end_positions
         if starts is None or ends is None:
             raise ValueError("entity_start_positions and entity_end_positions must be given for span classification")
-        sequences = batch.sequence_of_entity()
-        cu_words = batch.lengths.cu_words
-        first_words, lengths = cu_words[sequences], cu_words.diff()[sequences]
-        if first_words.device.type == "cpu" and not torch.compiler.is_compiling():
-            for name, ranks in (("entity_start_positions", starts), ("entity_end_positions", ends)):
-                if ((ranks < 0) | (ranks >= lengths)).any():
-                    raise ValueError(f"{name} must point at words of the entity's sequence, got {ranks.tolist()}")
+        first_words = batch.lengths.cu_words[batch.sequence_of_entity()]
         features = [encoded.words.index_select(0, first_words + ranks) for ranks in (starts, ends)]
         logits = self.classifier(self.dropout(torch.cat([*features, encoded.entities], dim=1)))
         loss = None
@@ -425,7 +417,7 @@ class LukeForQuestionAnswering(LukeHead):
                 targets = targets.to(padded.device).flatten().clamp(0, ignored)
                 losses.append(F.cross_entropy(padded[..., slot], targets, ignore_index=ignored))
         start_logits, end_logits = encoded.as_words(logits, lowest).unbind(dim=-1)
-        return QuestionAnsweringOutput(sum(losses) / 2 if losses else None, start_logits, end_logits)
+        return QuestionAnsweringOutput(torch.stack(losses).mean() if losses else None, start_logits, end_logits)
 
 
 class LukeForMultipleChoice(LukeHead):
@@ -448,11 +440,10 @@ class LukeForMultipleChoice(LukeHead):
         for name, value in given.items():
             if value.dim() < 3:
                 raise ValueError(f"{name} must be (B, choices, ...), got {tuple(value.shape)}")
-        choices = {value.shape[1] for value in given.values()} | {arguments.get("num_choices")} - {None}
-        if len(choices) > 1:
-            raise ValueError(f"num_choices must be the same in all inputs, got {sorted(choices)}")
         flat = {name: value.flatten(0, 1) for name, value in given.items()}
-        return {**inputs, **flat}, {**arguments, "num_choices": choices.pop() if choices else None}
+        # Shapes that disagree are found when the batch is packed.
+        choices = {"num_choices": value.shape[1] for value in given.values()}
+        return {**inputs, **flat}, {**choices, **arguments}
 
     def score(self, encoded: Encoded, labels: Tensor | None = None, num_choices: int | None = None) -> ClassifierOutput:
         if num_choices is None or encoded.batch.batch_size % num_choices:

@@ -18,6 +18,7 @@ from luke_kernels.attention import PackedSelfAttention
 from luke_kernels.config import ACTIVATIONS, LukeConfig
 from luke_kernels.ops.layout import Layout
 from luke_kernels.packing import PackedBatch
+from luke_kernels.sources import Source
 
 Model = TypeVar("Model", bound="LukePreTrainedModel")
 
@@ -233,12 +234,14 @@ class LukePreTrainedModel(nn.Module):
         Warns:
             UserWarning: weights of the head are new, or weights in the checkpoint have no place here.
         """
-        source = checkpoints.Source(name_or_path, revision, token, cache_dir, local_files_only)
-        with source:
-            config = source.config(changes)
+        _check_dtype(dtype)
+        with Source(name_or_path, revision, token, cache_dir, local_files_only) as source:
+            config = checkpoints.read_config(source, changes)
+            tensors = checkpoints.read_tensors(source)
+            checkpoints.check_depth(source.name, config, tensors)
             with torch.device("meta"):
                 model = cls(config, backend=backend)
-            checkpoints.load(model, source, dtype=dtype, device=device)
+            checkpoints.load(model, source.name, tensors, dtype=dtype, device=device)
         return model.eval()
 
     @classmethod
@@ -271,12 +274,13 @@ class LukePreTrainedModel(nn.Module):
         Raises:
             FileNotFoundError, ValueError: as in `from_pretrained`; or the markers are not in the vocabulary.
         """
-        source = checkpoints.Source(name_or_path, revision, token, cache_dir, local_files_only)
-        with source:
-            config, transform = checkpoints.start_from_encoder(source, marker_token_ids, entity_vocab_size, changes)
+        _check_dtype(dtype)
+        with Source(name_or_path, revision, token, cache_dir, local_files_only) as source:
+            config, tensors = checkpoints.start_from_encoder(source, marker_token_ids, entity_vocab_size, changes)
+            checkpoints.check_depth(source.name, config, tensors)
             with torch.device("meta"):
                 model = cls(config, backend=backend)
-            checkpoints.load(model, source, dtype=dtype, device=device, transform=transform)
+            checkpoints.load(model, source.name, tensors, dtype=dtype, device=device, entities_are_new=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, max_shard_size: int | str = "5GB") -> None:
@@ -353,6 +357,11 @@ class LukePreTrainedModel(nn.Module):
         return self.get_input_embeddings().weight.dtype
 
 
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+
+
 def _initialise(module: nn.Module, name: str, parameter: nn.Parameter, std: float) -> None:
     with torch.no_grad():
         if isinstance(module, nn.LayerNorm) and name == "weight":
@@ -365,7 +374,7 @@ def _initialise(module: nn.Module, name: str, parameter: nn.Parameter, std: floa
                 parameter[module.padding_idx].zero_()
 
 
-def resized(parameter: nn.Parameter, size: int, std: float) -> nn.Parameter:
+def resized(parameter: Tensor, size: int, std: float) -> nn.Parameter:
     """Cut or extend by rows from N(0, std)."""
     rows = parameter.new_empty(size, *parameter.shape[1:])
     kept = min(size, parameter.shape[0])
@@ -488,9 +497,9 @@ class LukeModel(LukePreTrainedModel):
         num_words, layout = batch.num_words, batch.lengths.layout()
         hidden = torch.cat([self.embeddings(batch), self.entity_embeddings(batch)])
         states, attentions = [hidden], []
-        layers = list(self.encoder["layer"])
-        for layer in layers:
-            rows = rows_to_compute if layer is layers[-1] else None
+        layers: Any = self.encoder["layer"]
+        for number, layer in enumerate(layers, 1):
+            rows = rows_to_compute if number == self.config.num_hidden_layers else None
             if output_attentions:
                 context, probabilities = layer.attention["self"].with_probabilities(hidden, batch)
                 hidden = layer.after_attention(hidden, context, rows)

@@ -170,52 +170,47 @@ class PackedBatch:
                     raise ValueError(f"{name} must be None where entity_ids is None, got {described(value)}")
             entity_ids = words.new_empty((batch, 0), dtype=torch.int64)
             entity_position_ids = words.new_empty((batch, 0, 1), dtype=torch.int64)
-        elif entity_position_ids is None:
+        if entity_position_ids is None:
             raise ValueError("entity_position_ids must be given with entity_ids, got None")
         _check("entity_ids", entity_ids, (batch, None))
         num_entities = entity_ids.shape[1]
         for name, value in given.items():
             _check(name, value, (batch, num_entities, *((None,) if name == "entity_position_ids" else ())))
-        if (entity_start_positions is None) != (entity_end_positions is None):
-            raise ValueError("entity_start_positions and entity_end_positions must come together, got one of them")
 
         word_mask = _mask("attention_mask", attention_mask, words, num_words)
         entity_mask = _mask("entity_attention_mask", entity_attention_mask, words, num_entities)
         # One wait for the device, for both kinds.
         word_lengths, entity_lengths = torch.stack([word_mask.sum(dim=1), entity_mask.sum(dim=1)]).tolist()
-        rows = [
-            torch.nonzero_static(mask.flatten(), size=sum(lengths)).squeeze(1)
-            for mask, lengths in ((word_mask, word_lengths), (entity_mask, entity_lengths))
-        ]
-        if position_ids is None:
-            position_ids = _default_positions(input_ids, words, pad_token_id)
-        if entity_start_positions is not None and entity_end_positions is not None:
-            # From columns to ranks among the words that exist.
-            ranks = word_mask.cumsum(dim=1) - 1
-            starts, ends = (
-                ranks.gather(1, positions.clamp(0, max(num_words - 1, 0))) if num_words else positions
-                for positions in (entity_start_positions, entity_end_positions)
-            )
-        else:
-            starts = ends = None
+        word_rows = torch.nonzero_static(word_mask.flatten(), size=sum(word_lengths)).squeeze(1)
+        entity_rows = torch.nonzero_static(entity_mask.flatten(), size=sum(entity_lengths)).squeeze(1)
+        starts, ends = (
+            None if columns is None else _ranks(name, columns, word_mask, entity_mask)
+            for name, columns in list(given.items())[-2:]
+        )
 
-        def pack(padded: Tensor | None, rows: Tensor) -> Tensor | None:
-            return None if padded is None else padded.flatten(0, 1).index_select(0, rows)
+        def pack(padded: Tensor, rows: Tensor) -> Tensor:
+            return padded.flatten(0, 1).index_select(0, rows)
+
+        def pack_if_given(padded: Tensor | None, rows: Tensor) -> Tensor | None:
+            return None if padded is None else pack(padded, rows)
 
         return cls(
-            PackedLengths.from_lengths(word_lengths, entity_lengths).to(words.device),
-            pack(input_ids, rows[0]),
-            pack(position_ids, rows[0]),  # type: ignore[arg-type]
-            pack(entity_ids, rows[1]),  # type: ignore[arg-type]
-            pack(entity_position_ids, rows[1]),  # type: ignore[arg-type]
-            *rows,
-            num_words,
-            num_entities,
-            pack(token_type_ids, rows[0]),
-            pack(entity_token_type_ids, rows[1]),
-            pack(starts, rows[1]),
-            pack(ends, rows[1]),
-            pack(inputs_embeds, rows[0]),
+            lengths=PackedLengths.from_lengths(word_lengths, entity_lengths).to(words.device),
+            input_ids=pack_if_given(input_ids, word_rows),
+            position_ids=pack(
+                _default_positions(input_ids, words, pad_token_id) if position_ids is None else position_ids, word_rows
+            ),
+            entity_ids=pack(entity_ids, entity_rows),
+            entity_position_ids=pack(entity_position_ids, entity_rows),
+            word_rows=word_rows,
+            entity_rows=entity_rows,
+            padded_words=num_words,
+            padded_entities=num_entities,
+            token_type_ids=pack_if_given(token_type_ids, word_rows),
+            entity_token_type_ids=pack_if_given(entity_token_type_ids, entity_rows),
+            entity_start_positions=pack_if_given(starts, entity_rows),
+            entity_end_positions=pack_if_given(ends, entity_rows),
+            inputs_embeds=pack_if_given(inputs_embeds, word_rows),
         )
 
     @classmethod
@@ -281,7 +276,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Move all tensors to a device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor | PackedLengths)
@@ -385,6 +380,19 @@ def _mask(name: str, mask: Tensor | None, words: Tensor, length: int) -> Tensor:
     if mask.dtype != torch.bool and mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold 0 and 1 only, got {mask.min().item()} to {mask.max().item()}")
     return mask.to(words.device).bool()
+
+
+def _ranks(name: str, columns: Tensor, word_mask: Tensor, entity_mask: Tensor) -> Tensor:
+    """Turn columns of words into ranks among the words that exist, (B, E); where entities do not exist, anything."""
+    num_words = word_mask.shape[1]
+    if not num_words:
+        return columns
+    inside = columns.clamp(0, num_words - 1)
+    if columns.device.type == "cpu":
+        wrong = entity_mask & ((inside != columns) | ~word_mask.gather(1, inside))
+        if wrong.any():
+            raise ValueError(f"{name} must hold columns of words that exist, got {columns[wrong][0].item()}")
+    return (word_mask.cumsum(dim=1) - 1).gather(1, inside)
 
 
 def _default_positions(input_ids: Tensor | None, words: Tensor, pad_token_id: int) -> Tensor:

@@ -20,8 +20,17 @@ REPOSITORY = Path(__file__).parents[1]
 # At the end: tests must see the installed package, not the source tree.
 sys.path.append(str(REPOSITORY))
 
-# Seconds a room may take on 2 cores; a test belongs to the first room whose word its id holds.
-BUDGETS_S = {"triton": 300, "cpu": 180, "op": 400}
+# Seconds a room may take on 2 cores.
+BUDGETS_S = {"model": 250, "triton": 300, "cpu": 180, "op": 400}
+MODEL_FILES = ("model", "heads", "config", "checkpoint", "tokenizer", "packing", "train_bpe", "parity/")
+
+
+def _room(test: str) -> str:
+    """Return the room of a test by its id: the first whose word it holds."""
+    if test.startswith("tests/ops/"):
+        return next((room for room in ("triton", "cpu") if room in test), "op")
+    path = test.split("::")[0]
+    return "model" if any(name in path for name in MODEL_FILES) else "op"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,8 +73,7 @@ def _seconds_by_room(config: pytest.Config) -> dict[str, float]:
     reports = [r for rs in reporter.stats.values() for r in rs if isinstance(r, pytest.TestReport)] if reporter else []
     spent = dict.fromkeys(BUDGETS_S, 0.0)
     for report in reports:
-        room = next((room for room in BUDGETS_S if room in report.nodeid), "op")
-        spent[room] += report.duration / (config.getoption("numprocesses", None) or 1)
+        spent[_room(report.nodeid)] += report.duration / (config.getoption("numprocesses", None) or 1)
     return spent
 
 

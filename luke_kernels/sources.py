@@ -1,0 +1,204 @@
+"""Where checkpoints lie, and how their files are read: folders, archives, the hub; safetensors and pickles.
+
+Nothing that comes from outside is executed or trusted: pickles are read as tensors only, archives unpack plain files to
+a bounded size, and indexes name files beside them.
+"""
+
+import lzma
+import pickle
+import shutil
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from luke_kernels.config import read_json
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ARCHIVES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar")
+# Weights barely compress; what unpacks to more than this many times its size is no checkpoint.
+MOST_EXPANSION = 20
+# What torch.load raises on damaged files, beside what it should.
+UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, ValueError),
+    *(TypeError, AttributeError, AssertionError, struct.error),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: its shape is known, its values are read when asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+class Source:
+    """A checkpoint as the folder its files lie in, for as long as a `with` lasts: archives are unpacked aside.
+
+    Args:
+        name_or_path: Folder, archive of the original repository, or id of a repository on the hub.
+        revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub.
+    """
+
+    directory: Path
+
+    def __init__(
+        self,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ):
+        self.name = str(name_or_path)
+        self._hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        self._exits = ExitStack()
+
+    def __enter__(self) -> "Source":
+        path = Path(self.name)
+        if path.is_dir():
+            self.directory = path
+        elif path.is_file() and path.name.endswith(ARCHIVES):
+            with ExitStack() as exits:
+                self.directory = Path(exits.enter_context(tempfile.TemporaryDirectory()))
+                _extract(path, self.directory)
+                self._exits = exits.pop_all()
+        else:
+            self.directory = download(self.name, ("*.json", "*.txt", "*.safetensors"), **self._hub)
+            if not any((self.directory / file).is_file() for file in WEIGHT_FILES[:2]):
+                self.directory = download(self.name, ("*.bin", "*.bin.index.json"), **self._hub)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exits.close()
+
+    def tensors(self) -> Iterator[tuple[str, Stored]]:
+        """Yield the names and headers of all tensors.
+
+        Raises:
+            FileNotFoundError: there are no weights, or an index names some that are missing.
+            ValueError: a file cannot be read.
+        """
+        path = next((self.directory / name for name in WEIGHT_FILES if (self.directory / name).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{self.name} must hold one of {', '.join(WEIGHT_FILES)}, got none of them")
+        for file in _shards(path) if path.suffix == ".json" else [path]:
+            yield from (_safetensors if file.suffix == ".safetensors" else _pickled)(file)
+
+
+def download(name: str, patterns: tuple[str, ...], **hub: Any) -> Path:
+    """Fetch files of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: `name` is no directory, and no id of a repository that the hub gives out.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} must be a directory, an archive or an id on the hub, got: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} must hold an object weight_map, got {weight_map!r}")
+    shards = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{index} must name files beside it, got {name!r}")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} must name files that exist, got {name}, which does not")
+        shards.append(index.parent / name)
+    return shards
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        # The reader keeps the file open; tensors are mapped into memory when read.
+        for name in file.keys():  # noqa: SIM118
+            yield name, Stored(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))  # type: ignore[misc]
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from None
+
+
+def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        # Old files are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UNREADABLE as error:
+        raise ValueError(f"{path} must be a whole pickle of tensors only, got: {first_line(error)}") from None
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):  # DeepSpeed
+        state = state["module"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} must hold a dict of tensors by name, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            yield name, Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+def _extract(archive: Path, directory: Path) -> None:
+    """Unpack the files of an archive of the original repository, flat; what no such archive holds is refused."""
+    budget = MOST_EXPANSION * archive.stat().st_size + 2**20
+
+    def spend(size: int, where: str) -> None:
+        nonlocal budget
+        budget -= size
+        if budget < 0:
+            raise ValueError(f"{archive} must unpack to at most {MOST_EXPANSION} times its size, got more {where}")
+
+    try:
+        with tarfile.open(archive) as members:
+            for member in members:
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"{archive} must hold relative paths, got {member.name!r}")
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise ValueError(f"{archive} must hold files and no links or devices, got {member.name!r}")
+                if (directory / path.name).exists():
+                    raise ValueError(f"{archive} must hold each file once, got {member.name!r} again")
+                spend(member.size, f"at {member.name!r}")
+                content = members.extractfile(member)
+                assert content is not None
+                with (directory / path.name).open("wb") as file:
+                    shutil.copyfileobj(content, file, 2**24)
+            # The checksum stands at the end, which tarfile does not read.
+            rest: IO[bytes] = members.fileobj  # type: ignore[assignment]
+            while chunk := rest.read(2**20):
+                spend(len(chunk), "after its last file")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{archive} must be a whole archive, got: {error}") from None
