@@ -224,7 +224,9 @@ class LukeForMaskedLM(LukeHead):
         std = self.config.initializer_range
         if setting == "entity_vocab_size":
             self.entity_predictions.bias = resized(self.entity_predictions.bias, size, 0.0)
+            self.entity_predictions.decoder.out_features = size
             return
+        self.lm_head.decoder.out_features = size
         self.lm_head.bias = resized(self.lm_head.bias, size, 0.0)
         if not self.config.tie_word_embeddings:
             self.lm_head.decoder.weight = resized(self.lm_head.decoder.weight, size, std)
@@ -253,8 +255,17 @@ class LukeForMaskedLM(LukeHead):
             output.logits = self._score_positions(encoded, positions)
         if encoded.batch.padded_entities:
             candidates = entity_candidates
-            if candidates is not None and candidates.dim() > 1:
-                candidates = encoded.labels_of_entities(candidates)
+            if candidates is not None:
+                _check_ids(
+                    "entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size
+                )
+                if candidates.dim() > 1:
+                    candidates = encoded.labels_of_entities(candidates, "entity_candidates")
+                    if candidates.dim() != 2 or candidates.shape[0] != encoded.batch.num_entities:
+                        raise ValueError(
+                            "entity_candidates must be (K,), (B, E, K) or packed (Te, K), got "
+                            f"{tuple(candidates.shape)} packed"
+                        )
             entity_logits = self.entity_predictions(encoded.entities, candidates)
             if entity_labels is not None:
                 output.mep_loss = F.cross_entropy(entity_logits, encoded.labels_of_entities(entity_labels))
@@ -265,13 +276,18 @@ class LukeForMaskedLM(LukeHead):
 
     def _score_positions(self, encoded: Encoded, positions: Tensor) -> Tensor:
         if encoded.is_packed:
+            if positions.dim() != 1:
+                raise ValueError(f"positions must be rows (P,) of a packed batch, got {tuple(positions.shape)}")
+            _check_ids("positions", positions, 0, len(encoded.words))
             return self.lm_head(encoded.words.index_select(0, positions))
         words = encoded.as_words(encoded.words)
         if positions.dim() != 2 or positions.shape[0] != words.shape[0]:
             raise ValueError(f"positions must be (B, P) with B = {words.shape[0]}, got {tuple(positions.shape)}")
-        columns = positions.clamp(min=0)[..., None].expand(-1, -1, words.shape[-1])
-        logits = self.lm_head(words.gather(1, columns))
-        return logits.masked_fill(positions[..., None] < 0, 0)
+        _check_ids("positions", positions, -1, words.shape[1])
+        inside = positions.clamp(min=0)
+        exists = encoded.as_words(torch.ones_like(encoded.batch.word_rows, dtype=torch.bool)).gather(1, inside)
+        logits = self.lm_head(words.gather(1, inside[..., None].expand(-1, -1, words.shape[-1])))
+        return logits.masked_fill(((positions < 0) | ~exists)[..., None], 0)
 
 
 class LukeForEntityClassification(LukeHead):
@@ -413,8 +429,10 @@ class LukeForQuestionAnswering(LukeHead):
         if start_positions is not None and end_positions is not None:
             padded = encoded.batch.pad_words(logits, lowest)
             ignored = padded.shape[1]
+            exists = F.pad(encoded.batch.pad_words(torch.ones_like(encoded.batch.word_rows, dtype=torch.bool)), (0, 1))
             for slot, targets in enumerate((start_positions, end_positions)):
                 targets = targets.to(padded.device).flatten().clamp(0, ignored)
+                targets = targets.where(exists.gather(1, targets[:, None]).squeeze(1), ignored)
                 losses.append(F.cross_entropy(padded[..., slot], targets, ignore_index=ignored))
         start_logits, end_logits = encoded.as_words(logits, lowest).unbind(dim=-1)
         return QuestionAnsweringOutput(torch.stack(losses).mean() if losses else None, start_logits, end_logits)
@@ -442,17 +460,26 @@ class LukeForMultipleChoice(LukeHead):
                 raise ValueError(f"{name} must be (B, choices, ...), got {tuple(value.shape)}")
         flat = {name: value.flatten(0, 1) for name, value in given.items()}
         # Shapes that disagree are found when the batch is packed.
-        choices = {"num_choices": value.shape[1] for value in given.values()}
-        return {**inputs, **flat}, {**choices, **arguments}
+        choices = [value.shape[1] for value in given.values()]
+        return {**inputs, **flat}, {**({"num_choices": choices[0]} if choices else {}), **arguments}
 
     def score(self, encoded: Encoded, labels: Tensor | None = None, num_choices: int | None = None) -> ClassifierOutput:
-        if num_choices is None or encoded.batch.batch_size % num_choices:
+        if num_choices is None or num_choices < 1 or encoded.batch.batch_size % num_choices:
             raise ValueError(
                 f"num_choices must divide the number of sequences, {encoded.batch.batch_size}, got {num_choices}"
             )
         logits = self.classifier(self.dropout(self.luke.pool(encoded))).view(-1, num_choices)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         return ClassifierOutput(loss, logits)
+
+
+def _check_ids(name: str, ids: Tensor, low: int, size: int) -> None:
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        least, most = (int(value) for value in ids.aminmax())
+        if least < low or most >= size:
+            raise ValueError(f"{name} must lie in [{low}, {size - 1}], got {least if least < low else most}")
 
 
 def _entities_of_each(encoded: Encoded, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from luke_kernels import checkpoint as checkpoints
 from luke_kernels.attention import PackedSelfAttention
 from luke_kernels.config import ACTIVATIONS, LukeConfig
+from luke_kernels.ops.attention import described
 from luke_kernels.ops.layout import Layout
 from luke_kernels.packing import PackedBatch
 from luke_kernels.sources import Source
@@ -32,6 +33,12 @@ class ModelOutput:
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -182,12 +189,12 @@ class Encoded:
     def labels_of_words(self, labels: Tensor) -> Tensor:
         """Take the labels of words, given as the batch came, to (Tw, ...)."""
         labels = labels.to(self.words.device)
-        return labels if self.is_packed else self.batch.pack_words(labels)
+        return labels if self.is_packed else self.batch.pack_words(labels, "labels")
 
-    def labels_of_entities(self, labels: Tensor) -> Tensor:
+    def labels_of_entities(self, labels: Tensor, name: str = "labels") -> Tensor:
         """Take the labels of entities, given as the batch came, to (Te, ...)."""
         labels = labels.to(self.words.device)
-        return labels if self.is_packed else self.batch.pack_entities(labels)
+        return labels if self.is_packed else self.batch.pack_entities(labels, name)
 
 
 class LukePreTrainedModel(nn.Module):
@@ -339,6 +346,8 @@ class LukePreTrainedModel(nn.Module):
     def _resize(self, table: nn.Embedding, setting: str, size: int) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{setting} must be a positive int, got {size!r}")
+        if setting == "vocab_size" and size <= self.config.pad_token_id:
+            raise ValueError(f"{setting} must be more than pad_token_id, {self.config.pad_token_id}, got {size}")
         table.weight = resized(table.weight, size, self.config.initializer_range)
         table.num_embeddings = size
         setattr(self.config, setting, size)
@@ -444,14 +453,14 @@ class LukeModel(LukePreTrainedModel):
         """
         encoded = self.encode(
             input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            entity_ids,
-            entity_attention_mask,
-            entity_token_type_ids,
-            entity_position_ids,
-            inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            entity_ids=entity_ids,
+            entity_attention_mask=entity_attention_mask,
+            entity_token_type_ids=entity_token_type_ids,
+            entity_position_ids=entity_position_ids,
+            inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             rows_to_compute=rows_to_compute,
@@ -473,21 +482,22 @@ class LukeModel(LukePreTrainedModel):
 
     def encode(
         self,
-        *inputs: Any,
+        input_ids: Tensor | PackedBatch | None,
+        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         rows_to_compute: Tensor | None = None,
-        **more_inputs: Any,
+        **inputs: Tensor | None,
     ) -> Encoded:
-        """Encode a batch for a head: the inputs of `forward`, packed states out."""
-        is_packed = bool(inputs) and isinstance(inputs[0], PackedBatch)
-        if is_packed:
-            for value in (*inputs[1:], *more_inputs.values()):
+        """Encode a batch for a head: the inputs of `PackedBatch.from_padded`, or a packed batch; packed states out."""
+        if isinstance(input_ids, PackedBatch):
+            batch, is_packed = input_ids, True
+            for name, value in inputs.items():
                 if value is not None:
-                    raise ValueError(f"input_ids must come alone where it is a PackedBatch, got also {type(value)}")
-            batch = inputs[0]
+                    raise ValueError(f"{name} must be None where input_ids is a PackedBatch, got {described(value)}")
         else:
-            batch = PackedBatch.from_padded(*inputs, **more_inputs, pad_token_id=self.config.pad_token_id)
+            is_packed = False
+            batch = PackedBatch.from_padded(input_ids, **inputs, pad_token_id=self.config.pad_token_id)
         self._check(batch)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -496,7 +506,20 @@ class LukeModel(LukePreTrainedModel):
 
         num_words, layout = batch.num_words, batch.lengths.layout()
         hidden = torch.cat([self.embeddings(batch), self.entity_embeddings(batch)])
-        states, attentions = [hidden], []
+        words: list[Tensor] = []
+        entities: list[Tensor] = []
+        attentions = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            """Keep states as the batch came; the layers go on from what is kept, so that gradients reach it."""
+            if not output_hidden_states:
+                return hidden
+            words.append(encoded.as_words(hidden[:num_words]))
+            entities.append(encoded.as_entities(hidden[num_words:]))
+            return torch.cat([encoded.labels_of_words(words[-1]), encoded.labels_of_entities(entities[-1])])
+
+        encoded = Encoded(batch, is_packed, *hidden.split([num_words, batch.num_entities]))
+        hidden = keep(hidden)
         layers: Any = self.encoder["layer"]
         for number, layer in enumerate(layers, 1):
             rows = rows_to_compute if number == self.config.num_hidden_layers else None
@@ -509,17 +532,16 @@ class LukeModel(LukePreTrainedModel):
             else:
                 hidden = layer(hidden, num_words, layout, rows)
             if rows is not None:
-                hidden = hidden.new_zeros(states[0].shape).index_copy(0, rows, hidden)
-            if output_hidden_states:
-                states.append(hidden)
+                hidden = hidden.new_zeros(num_words + batch.num_entities, hidden.shape[1]).index_copy(0, rows, hidden)
+            hidden = keep(hidden)
 
-        encoded = Encoded(batch, is_packed, *hidden.split([num_words, batch.num_entities]))
+        encoded.words, encoded.entities = hidden.split([num_words, batch.num_entities])
         if output_attentions:
             encoded.attentions = tuple(attentions)
         if output_hidden_states:
-            encoded.hidden_states = tuple(encoded.as_words(state[:num_words]) for state in states)
+            encoded.hidden_states = tuple(words)
             if batch.padded_entities:
-                encoded.entity_hidden_states = tuple(encoded.as_entities(state[num_words:]) for state in states)
+                encoded.entity_hidden_states = tuple(entities)
         return encoded
 
     def _check(self, batch: PackedBatch) -> None:

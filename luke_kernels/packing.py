@@ -273,6 +273,19 @@ class PackedBatch:
             totals = int(self.lengths.cu_words[-1]), int(self.lengths.cu_entities[-1])
             if totals != (words, entities):
                 raise ValueError(f"lengths must add up to {words} words and {entities} entities, got {totals}")
+            for cu, most in (
+                (self.lengths.cu_words, self.lengths.max_words),
+                (self.lengths.cu_entities, self.lengths.max_entities),
+            ):
+                counts = cu.diff()
+                if int(cu[0]) or (len(counts) and (int(counts.min()) < 0 or int(counts.max()) > most)):
+                    raise ValueError(f"lengths must begin at 0, not decrease, and be at most {most}, got {cu.tolist()}")
+            for name in ("entity_start_positions", "entity_end_positions"):
+                ranks = getattr(self, name)
+                if ranks is not None:
+                    wrong = (ranks < 0) | (ranks >= self.lengths.cu_words.diff()[self.sequence_of_entity()])
+                    if wrong.any():
+                        raise ValueError(f"{name} must be ranks of words in the sequence, got {ranks[wrong][0].item()}")
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Move all tensors to a device."""
@@ -283,12 +296,14 @@ class PackedBatch:
         }
         return dataclasses.replace(self, **moved)
 
-    def pack_words(self, padded: Tensor) -> Tensor:
+    def pack_words(self, padded: Tensor, name: str = "padded") -> Tensor:
         """Pack something of each word (labels, say): (B, W, ...) -> (Tw, ...)."""
+        _check_leading(name, padded, (self.batch_size, self.padded_words))
         return padded.flatten(0, 1).index_select(0, self.word_rows)
 
-    def pack_entities(self, padded: Tensor) -> Tensor:
+    def pack_entities(self, padded: Tensor, name: str = "padded") -> Tensor:
         """Pack something of each entity: (B, E, ...) -> (Te, ...)."""
+        _check_leading(name, padded, (self.batch_size, self.padded_entities))
         return padded.flatten(0, 1).index_select(0, self.entity_rows)
 
     def pad_words(self, packed: Tensor, fill: float = 0) -> Tensor:
@@ -326,7 +341,8 @@ def _pad_ragged(key: str, encodings: list[Mapping[str, Any]]) -> Tensor:
     lengths = [len(encoding.get(_ENCODING_KEYS[key], ())) for encoding in encodings]
     mentions = key == "entity_position_ids"
     mention_lengths = [len(row) for e in encodings for row in e.get(key, ())] if mentions else []
-    tail = (max(mention_lengths, default=1),) if mentions else ()
+    longest_mention = max(mention_lengths, default=1)
+    tail = (longest_mention,) if mentions else ()
     padded = torch.full((len(encodings), max(lengths), *tail), -1 if mentions else 0, device="cpu")
     for b, (encoding, length) in enumerate(zip(encodings, lengths, strict=True)):
         # A mask that is missing excludes nothing.
@@ -336,9 +352,12 @@ def _pad_ragged(key: str, encodings: list[Mapping[str, Any]]) -> Tensor:
                 f"{key} must have one value for each of {_ENCODING_KEYS[key]}, {length}, got {len(values)}"
             )
         if length:
+            if mentions:
+                values = [[*row, *[-1] * (longest_mention - len(row))] for row in values]
             row = torch.as_tensor(values, device="cpu")
-            target = padded[b, :length, : row.shape[1]] if mentions else padded[b, :length]
-            target.copy_(row)
+            if row.dtype.is_floating_point:
+                raise TypeError(f"{key} must be integers, got {row.dtype}")
+            padded[b, :length] = row
     return padded
 
 
@@ -371,6 +390,11 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int | None, ...]) -> N
         raise ValueError(f"{name} must have the shape ({wanted}), got {tuple(tensor.shape)}")
     if not name.endswith("mask") and (tensor.dtype.is_floating_point or tensor.dtype == torch.bool):
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+
+
+def _check_leading(name: str, tensor: Tensor, sizes: tuple[int, int]) -> None:
+    if tuple(tensor.shape[:2]) != sizes:
+        raise ValueError(f"{name} must have the shape ({sizes[0]}, {sizes[1]}, ...), got {tuple(tensor.shape)}")
 
 
 def _mask(name: str, mask: Tensor | None, words: Tensor, length: int) -> Tensor:

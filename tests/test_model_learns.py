@@ -24,7 +24,7 @@ def bundled_batch(tokenizer: LukeTokenizer) -> PackedBatch:
     )
 
 
-def losses(backend: str, batch: PackedBatch, tokenizer: LukeTokenizer, steps: int) -> list[float]:
+def losses(backend: str, batch: PackedBatch, tokenizer: LukeTokenizer, steps: int, lr: float = 0.02) -> list[float]:
     """Learn masked words and entities by plain gradient descent."""
     torch.manual_seed(0)
     config = LukeConfig(
@@ -39,7 +39,7 @@ def losses(backend: str, batch: PackedBatch, tokenizer: LukeTokenizer, steps: in
         attention_probs_dropout_prob=0,
     )
     model = LukeForMaskedLM(config, backend=backend).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(1)
     values = []
     for _ in range(steps):
