@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import (
+from luke_cases import (
     BATCH,
     ENTITIES,
     ENTITY_LENGTHS,

@@ -1,81 +1,27 @@
-"""The encoder and its inputs: equal to transformers' encoder, packed or padded, every bad input named."""
+"""The encoder: equal to transformers' encoder, packed or padded, every bad input named."""
 
 import copy
 import dataclasses
 import pickle
-from typing import Any, TypeVar
 
-import luke_cases
 import pytest
 import torch
+from luke_cases import (
+    BATCH,
+    ENTITIES,
+    PADDINGS,
+    SIZES,
+    WORD_LENGTHS,
+    WORDS,
+    build,
+    equal_batches,
+    of_transformers,
+    padded_inputs,
+    words_of,
+)
 from torch import Tensor, nn
 
-from luke_kernels import LukeConfig, LukeModel, LukePreTrainedModel, PackedBatch, PackedLengths
-
-Model = TypeVar("Model", bound=LukePreTrainedModel)
-
-BATCH, WORDS, ENTITIES, MENTION = 3, 7, 4, 3
-WORD_LENGTHS, ENTITY_LENGTHS = [7, 4, 5], [4, 2, 3]
-PADDINGS = ["right", "left", "holes", "none"]
-# 38 words at most.
-SIZES = {
-    "vocab_size": 99,
-    "entity_vocab_size": 10,
-    "hidden_size": 32,
-    "entity_emb_size": 6,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "max_position_embeddings": 40,
-    "type_vocab_size": 3,
-}
-
-
-def build(cls: type[Model], *, backend: str = "auto", dtype: torch.dtype = torch.float64, **changes: Any) -> Model:
-    """Make a small model in evaluation mode, every parameter drawn anew, in float64: what differs shows."""
-    model = cls(LukeConfig(**{**SIZES, **changes}), backend=backend)
-    luke_cases.redraw(model)
-    return model.to(dtype).eval()
-
-
-def exists(lengths: list[int], size: int, padding: str) -> Tensor:
-    ranks = torch.arange(size)
-    mask = (ranks < torch.tensor(lengths)[:, None]) | (padding == "none")
-    if padding == "left":
-        mask = mask.flip(1)
-    elif padding == "holes":
-        mask = mask[:, (3 * ranks + 1) % size]
-    return mask.to(torch.int64)
-
-
-def padded_inputs(padding: str = "right") -> dict[str, Tensor]:
-    """Draw a batch with all inputs that LukeModel takes but positions; what the masks exclude is not neutral."""
-    positions = torch.randint(0, WORDS, (BATCH, ENTITIES, MENTION))
-    positions[..., 1:][torch.rand(BATCH, ENTITIES, MENTION - 1) < 0.5] = -1
-    mask = exists(WORD_LENGTHS, WORDS, padding)
-    return {
-        "input_ids": torch.randint(3, 99, (BATCH, WORDS)).masked_fill(mask == 0, 1),
-        "attention_mask": mask,
-        "token_type_ids": torch.randint(0, 3, (BATCH, WORDS)),
-        "entity_ids": torch.randint(0, 10, (BATCH, ENTITIES)),
-        "entity_attention_mask": exists(ENTITY_LENGTHS, ENTITIES, padding),
-        "entity_token_type_ids": torch.randint(0, 3, (BATCH, ENTITIES)),
-        "entity_position_ids": positions,
-    }
-
-
-def words_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in inputs.items() if not name.startswith("entity")}
-
-
-def of_transformers(ours: LukePreTrainedModel) -> Any:
-    """Make transformers' model of the same name, with the same weights; names must be the same."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LukeConfig(**ours.config.to_dict(), attn_implementation="eager")
-    theirs = getattr(transformers, type(ours).__name__)(config).to(ours.dtype)
-    theirs.load_state_dict(ours.state_dict())
-    return theirs.train(ours.training)
-
+from luke_kernels import LukeConfig, LukeModel, PackedBatch
 
 # What comes out
 
@@ -442,160 +388,6 @@ def test_dtype_and_device():
 # Packed batches
 
 
-def one_by_one(inputs: dict[str, Tensor]) -> list[dict[str, list]]:
-    """What a tokenizer gives without padding: the tokens that exist."""
-    encodings = []
-    for b in range(BATCH):
-        words, entities = (inputs[name][b].bool() for name in ("attention_mask", "entity_attention_mask"))
-        encodings.append(
-            {
-                name: value[b][entities if name.startswith("entity") else words].tolist()
-                for name, value in inputs.items()
-                if not name.endswith("mask")
-            }
-        )
-    return encodings
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_from_padded(padding):
-    inputs = padded_inputs(padding)
-    columns = {
-        f"entity_{end}_positions": torch.stack(
-            [torch.multinomial(m.float(), ENTITIES) for m in inputs["attention_mask"]]
-        )
-        for end in ("start", "end")
-    }
-    given = {k: v for k, v in inputs.items() if not (padding == "none" and k.endswith("mask"))}
-    batch = PackedBatch.from_padded(**given, **columns)
-    words, entities = inputs["attention_mask"].bool(), inputs["entity_attention_mask"].bool()
-    assert batch.lengths.cu_words.tolist() == [0, *words.sum(dim=1).cumsum(0).tolist()]
-    assert batch.lengths.cu_entities.tolist() == [0, *entities.sum(dim=1).cumsum(0).tolist()]
-    assert (batch.lengths.max_words, batch.lengths.max_entities) == (7, 4)
-    assert (batch.batch_size, batch.num_words, batch.num_entities) == (BATCH, words.sum(), entities.sum())
-    assert (batch.padded_words, batch.padded_entities) == (WORDS, ENTITIES)
-    for name in ("input_ids", "token_type_ids"):
-        assert torch.equal(getattr(batch, name), inputs[name][words])
-    for name in ("entity_ids", "entity_token_type_ids", "entity_position_ids"):
-        assert torch.equal(getattr(batch, name), inputs[name][entities])
-    assert batch.sequence_of_entity().tolist() == entities.nonzero()[:, 0].tolist()
-    # Columns become ranks: the same words.
-    firsts = batch.lengths.cu_words[batch.sequence_of_entity()]
-    for name, column in columns.items():
-        chosen = batch.word_rows[firsts + getattr(batch, name)] % WORDS
-        assert torch.equal(chosen, column[entities])
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_position_ids_as_roberta_counts(padding):
-    """Words that are no pads count from pad_token_id + 1, whatever the mask says."""
-    modeling = pytest.importorskip("transformers.models.luke.modeling_luke", reason="transformers is not installed")
-    inputs = padded_inputs(padding)
-    inputs["input_ids"][0, 2] = 1  # a pad that the mask includes
-    for pad in (1, 5):
-        expected = modeling.create_position_ids_from_input_ids(inputs["input_ids"], pad)
-        batch = PackedBatch.from_padded(**inputs, pad_token_id=pad)
-        assert torch.equal(batch.position_ids, expected[inputs["attention_mask"].bool()])
-
-
-def equal_batches(a: PackedBatch, b: PackedBatch) -> bool:
-    def values(batch: PackedBatch) -> list:
-        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        lengths = fields.pop("lengths")
-        return [*fields.values(), *(getattr(lengths, f.name) for f in dataclasses.fields(lengths))]
-
-    return all(
-        torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, Tensor) else x == y
-        for x, y in zip(values(a), values(b), strict=True)
-    )
-
-
-def test_from_encodings():
-    """A mapping of lists and a list of mappings give what the padded batch gives; other keys are ignored."""
-    inputs = padded_inputs()
-    encodings = one_by_one(inputs)
-    expected = PackedBatch.from_padded(**inputs)
-    mapping = {name: [encoding[name] for encoding in encodings] for name in encodings[0]}
-    assert equal_batches(PackedBatch.from_encodings(encodings), expected)
-    assert equal_batches(PackedBatch.from_encodings(mapping), expected)
-    assert equal_batches(PackedBatch.from_encodings({**mapping, "overflowing": [1, 2]}), expected)
-    arrays = [{name: torch.tensor(value) for name, value in encoding.items()} for encoding in encodings]
-    assert equal_batches(PackedBatch.from_encodings(arrays), expected)
-
-
-def test_from_encodings_leaves_out_what_masks_exclude():
-    inputs = padded_inputs("holes")
-    lists = {name: value.tolist() for name, value in inputs.items()}
-    assert equal_batches(PackedBatch.from_encodings(lists), PackedBatch.from_padded(**inputs))
-
-
-def test_from_encodings_with_ragged_mentions_and_missing_entities():
-    encodings = [
-        {"input_ids": [0, 11, 12, 2]},
-        {"input_ids": [0, 13, 2], "entity_ids": [4, 5], "entity_position_ids": [[1], [1, 2]]},
-        {"input_ids": [0, 2], "entity_ids": [], "entity_position_ids": []},
-    ]
-    batch = PackedBatch.from_encodings(encodings)
-    assert batch.lengths.cu_words.tolist() == [0, 4, 7, 9]
-    assert batch.lengths.cu_entities.tolist() == [0, 0, 2, 2]
-    assert batch.input_ids.tolist() == [0, 11, 12, 2, 0, 13, 2, 0, 2]
-    assert batch.position_ids.tolist() == [2, 3, 4, 5, 2, 3, 4, 2, 3]
-    assert batch.entity_ids.tolist() == [4, 5]
-    assert batch.entity_position_ids.tolist() == [[1, -1], [1, 2]]
-    assert PackedBatch.from_encodings(encodings[:1]).padded_entities == 0
-
-
-@pytest.mark.parametrize(
-    ("encodings", "message"),
-    [
-        ([], "encodings must hold at least one sequence, each with input_ids"),
-        ({}, "encodings must hold at least one sequence, each with input_ids"),
-        (
-            [{"input_ids": [1]}, {"token_type_ids": [0]}],
-            "encodings must hold at least one sequence, each with input_ids",
-        ),
-        (
-            [{"input_ids": [5, 6], "token_type_ids": [0]}],
-            "token_type_ids must have one value for each of input_ids, 2, got 1",
-        ),
-        ({"input_ids": [[5]], "entity_ids": [[3]]}, "entity_position_ids must"),
-        (
-            [{"input_ids": [5]}, {"input_ids": [5], "entity_ids": [3], "entity_position_ids": []}],
-            "entity_position_ids must have one value for each of entity_ids, 1, got 0",
-        ),
-        ([{"input_ids": [5, 6], "attention_mask": [1, 2]}], "attention_mask must hold 0 and 1 only, got 1 to 2"),
-        ([{"input_ids": [5.5, 6]}], "input_ids must be integers, got"),
-    ],
-)
-def test_bad_encodings(encodings, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        PackedBatch.from_encodings(encodings)
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_packing_and_padding(padding):
-    batch = PackedBatch.from_padded(**padded_inputs(padding))
-    for pack, pad, tokens in (
-        (batch.pack_words, batch.pad_words, batch.num_words),
-        (batch.pack_entities, batch.pad_entities, batch.num_entities),
-    ):
-        packed = torch.randn(tokens, 5)
-        padded = pad(packed, -7)
-        assert torch.equal(pack(padded), packed)
-        assert (padded == -7).all(dim=-1).sum() == padded.shape[0] * padded.shape[1] - tokens
-        labels = torch.arange(padded.shape[0] * padded.shape[1]).view(padded.shape[:2])
-        assert torch.equal(pad(pack(labels), -1)[padded[..., 0] != -7], labels[padded[..., 0] != -7])
-        assert not pad(packed)[padded[..., 0] == -7].any()
-
-
-@pytest.mark.parametrize("shape", [(BATCH, WORDS + 1), (WORDS, BATCH), (BATCH - 1, WORDS), (BATCH * WORDS,)])
-def test_packing_other_shapes_is_refused(shape):
-    """Rows counted in another width would be other words."""
-    batch = PackedBatch.from_padded(**padded_inputs())
-    with pytest.raises(ValueError, match=r"must have the shape \(3, 7.*got"):
-        batch.pack_words(torch.zeros(shape))
-
-
 @pytest.mark.parametrize("backend", ["auto", "cpu", "sdpa", "reference"])
 @pytest.mark.parametrize("changes", [{}, {"use_entity_aware_attention": False}])
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -850,70 +642,6 @@ def test_ids_of_int32(dtype):
     expected = PackedBatch.from_padded(**{name: value.long() for name, value in inputs.items()})
     model = build(LukeModel)
     assert torch.equal(model(batch)[0], model(expected)[0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"input_ids": torch.zeros(2).long()}, r"input_ids must have 16 rows, got torch.int64 \(2,\)"),
-        ({"entity_rows": torch.zeros(2).long()}, r"entity_rows must have 9 rows, got torch.int64 \(2,\)"),
-        ({"input_ids": None}, "input_ids or inputs_embeds must be given, and not both"),
-        (
-            {"lengths": PackedLengths.from_lengths([7, 4, 6], [4, 2, 3])},
-            "lengths must add up to 16 words and 9 entities",
-        ),
-        # Kernels trust them: no row beyond the buffers may be read.
-        (
-            {"lengths": PackedLengths(torch.tensor([0, 50, 4, 16]).int(), torch.tensor([0, 4, 6, 9]).int(), 50, 4)},
-            "lengths",
-        ),
-        (
-            {"lengths": PackedLengths(torch.tensor([0, 7, 11, 16]).int(), torch.tensor([0, 4, 6, 9]).int(), 3, 4)},
-            "lengths",
-        ),
-    ],
-)
-def test_bad_packed_batches(changes, message):
-    batch = PackedBatch.from_padded(**padded_inputs())
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(batch, **changes)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"hidden_size": 30}, "hidden_size must be a multiple of num_attention_heads, 4, got 30"),
-        ({"hidden_act": "glu"}, "hidden_act must be one of gelu, .*, got 'glu'"),
-        ({"vocab_size": 0}, "vocab_size must be a positive int, got 0"),
-        ({"entity_vocab_size": -1}, "entity_vocab_size must be a positive int, got -1"),
-        ({"entity_emb_size": 0}, "entity_emb_size must be a positive int, got 0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive int, got 0"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be a positive int, got 0"),
-        ({"intermediate_size": 1.0}, "intermediate_size must be a positive int, got 1.0"),
-        ({"type_vocab_size": True}, "type_vocab_size must be a positive int, got True"),
-        ({"num_labels": 0}, "num_labels must be a positive int, got 0"),
-        ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "id2label must name num_labels, 3, labels, got 2"),
-        ({"pad_token_id": 99}, "pad_token_id must be a word id .*, got 99"),
-        ({"max_position_embeddings": 2}, "pad_token_id must be a word id that leaves positions free"),
-        ({"problem_type": "ranking"}, "problem_type must be None or one of regression, .*, got 'ranking'"),
-        ({"hidden_dropout_prob": 1.5}, "dropout"),
-        ({"attention_probs_dropout_prob": -0.1}, "dropout"),
-    ],
-)
-def test_bad_configs(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LukeModel(LukeConfig(**{**SIZES, **settings}))
-
-
-def test_config():
-    config = LukeConfig(**{**SIZES, "entity_emb_size": None}, id2label={"0": "PER", "1": "LOC", "2": "ORG"})
-    assert (config.entity_emb_size, config.num_labels, config.max_words) == (32, 3, 38)
-    assert config.label2id == {"PER": 0, "LOC": 1, "ORG": 2}
-    assert LukeConfig.from_dict(config.to_dict()) == config
-    assert LukeConfig.from_dict(config.to_dict(), num_labels=5).id2label[4] == "LABEL_4"
-    assert LukeConfig.from_dict({**config.to_dict(), "bert_model_name": "x"}).extra == {"bert_model_name": "x"}
-    with pytest.raises(ValueError, match="hidden must be a setting of LukeConfig, got 3"):
-        LukeConfig.from_dict({}, hidden=3)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"])

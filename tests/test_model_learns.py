@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from luke_kernels import LukeConfig, LukeForMaskedLM, LukeModel, LukeTokenizer, PackedBatch
+from luke_kernels.tokenizer import BUNDLED
 
-BUNDLED = files("luke_kernels") / "data/tokenizer"
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 
 

@@ -6,7 +6,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_examples_run_one_after_another():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)

@@ -87,7 +87,7 @@ def encode(task: str | None, first: int = 0, count: int = BATCH) -> dict[str, Te
 def pair_of_models(name: str, size: str, **settings) -> tuple[nn.Module, nn.Module]:
     """Return transformers' model and ours, with the same weights, all drawn anew, without dropout."""
     config = LukeConfig(
-        **{"entity_vocab_size": 5001, "entity_emb_size": 24, **luke_cases.SIZES[size], **settings},
+        **{"entity_vocab_size": 5001, "entity_emb_size": 24, **luke_cases.ENCODERS[size], **settings},
         hidden_dropout_prob=0,
         attention_probs_dropout_prob=0,
         num_labels=2 if name == "LukeForQuestionAnswering" else LABELS,
