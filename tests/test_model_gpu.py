@@ -1,0 +1,62 @@
+"""What only a GPU can show of the model: the numbers there, and that a packed batch waits for nothing."""
+
+import pytest
+import torch
+from luke_cases import BATCH, ENTITIES, build, padded_inputs
+
+import luke_kernels
+from luke_kernels import LukeForEntitySpanClassification, LukeForMaskedLM, PackedBatch
+
+pytestmark = pytest.mark.gpu
+
+# A head_dim that the Triton kernels take without padding.
+SIZES = {"hidden_size": 128, "entity_emb_size": 32, "num_attention_heads": 2, "max_position_embeddings": 40}
+HEADS = [name for name in luke_kernels.__all__ if name.startswith("LukeFor") and name != "LukeForMultipleChoice"]
+
+
+def batch_on_the_cpu() -> PackedBatch:
+    with torch.device("cpu"):
+        columns = torch.zeros(BATCH, ENTITIES, dtype=torch.int64)
+        return PackedBatch.from_padded(**padded_inputs(), entity_start_positions=columns, entity_end_positions=columns)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("name", HEADS)
+def test_equals_the_cpu(name, backend):
+    with torch.device("cpu"):
+        expected = build(getattr(luke_kernels, name), backend="reference", dtype=torch.float32, **SIZES)
+        there = build(getattr(luke_kernels, name), backend=backend, dtype=torch.float32, **SIZES).to("cuda")
+        batch = batch_on_the_cpu()
+    with torch.no_grad():
+        for a, b in zip(there(batch.to("cuda")).to_tuple(), expected(batch).to_tuple(), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [LukeForEntitySpanClassification, LukeForMaskedLM])
+def test_a_packed_batch_waits_for_nothing(cls):
+    """Forward, loss and backward, with dropout."""
+    changes = {**SIZES, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    model = build(cls, backend="triton", dtype=torch.bfloat16, **changes).to("cuda").train()
+    batch = batch_on_the_cpu().to("cuda")
+    labels = {"labels": torch.zeros(batch.num_entities, dtype=torch.int64, device="cuda")}
+    if cls is LukeForMaskedLM:
+        labels = {"labels": batch.input_ids, "entity_labels": batch.entity_ids}
+    model(batch, **labels).loss.backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(batch, **labels).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padded_inputs_equal_packed_ones():
+    with torch.device("cpu"):
+        inputs = padded_inputs("holes")
+    model = build(luke_kernels.LukeModel, backend="triton", dtype=torch.float32, **SIZES).to("cuda")
+    inputs = {name: value.to("cuda") for name, value in inputs.items()}
+    batch = PackedBatch.from_padded(**inputs)
+    with torch.no_grad():
+        padded, packed = model(**inputs), model(batch)
+    torch.testing.assert_close(batch.pack_words(padded.last_hidden_state), packed.last_hidden_state)
+    torch.testing.assert_close(batch.pack_entities(padded.entity_last_hidden_state), packed.entity_last_hidden_state)
