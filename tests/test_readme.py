@@ -1,15 +1,30 @@
+"""The examples of README.md and docs/ run as they stand, those of a page one after another."""
+
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def test_examples_run_one_after_another():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+def run_examples(page: str, count: int) -> dict:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == count
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)
+    return namespace
+
+
+def test_readme():
+    namespace = run_examples("README.md", 4)
+    assert namespace["padded"].entity_last_hidden_state.shape == (2, 2, 768)
+    assert namespace["packed"].entity_last_hidden_state.shape == (3, 768)
     assert namespace["out_words"].shape == (2, 128, 12, 64)
     assert namespace["attentions"].shape == (2, 12, 144, 144)
     assert namespace["packed_contexts"][1].shape[1] == 768
+
+
+def test_model():
+    namespace = run_examples("docs/model.md", 1)
+    assert namespace["logits"].shape == (3, 5)
+    assert namespace["padded"].shape == (2, 2, 5)
