@@ -249,7 +249,7 @@ class LukeForMaskedLM(LukeHead):
         if positions is None:
             logits = self.lm_head(encoded.words)
             if labels is not None:
-                output.mlm_loss = F.cross_entropy(logits, encoded.labels_of_words(labels))
+                output.mlm_loss = F.cross_entropy(logits, encoded.take_words(labels))
             output.logits = encoded.as_words(logits)
         else:
             output.logits = self._score_positions(encoded, positions)
@@ -260,7 +260,7 @@ class LukeForMaskedLM(LukeHead):
                     "entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size
                 )
                 if candidates.dim() > 1:
-                    candidates = encoded.labels_of_entities(candidates, "entity_candidates")
+                    candidates = encoded.take_entities(candidates, "entity_candidates")
                     if candidates.dim() != 2 or candidates.shape[0] != encoded.batch.num_entities:
                         raise ValueError(
                             "entity_candidates must be (K,), (B, E, K) or packed (Te, K), got "
@@ -268,7 +268,7 @@ class LukeForMaskedLM(LukeHead):
                         )
             entity_logits = self.entity_predictions(encoded.entities, candidates)
             if entity_labels is not None:
-                output.mep_loss = F.cross_entropy(entity_logits, encoded.labels_of_entities(entity_labels))
+                output.mep_loss = F.cross_entropy(entity_logits, encoded.take_entities(entity_labels, "entity_labels"))
             output.entity_logits = encoded.as_entities(entity_logits)
         losses = [loss for loss in (output.mlm_loss, output.mep_loss) if loss is not None]
         output.loss = sum(losses[1:], losses[0]) if losses else None
@@ -348,7 +348,7 @@ class LukeForEntitySpanClassification(LukeHead):
         logits = self.classifier(self.dropout(torch.cat([*features, encoded.entities], dim=1)))
         loss = None
         if labels is not None:
-            loss = _one_or_several(logits, encoded.labels_of_entities(labels))
+            loss = _one_or_several(logits, encoded.take_entities(labels))
         return ClassifierOutput(loss, encoded.as_entities(logits))
 
 
@@ -400,7 +400,7 @@ class LukeForTokenClassification(LukeHead):
 
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
         logits = self.classifier(self.dropout(encoded.words))
-        loss = None if labels is None else F.cross_entropy(logits, encoded.labels_of_words(labels))
+        loss = None if labels is None else F.cross_entropy(logits, encoded.take_words(labels))
         return ClassifierOutput(loss, encoded.as_words(logits))
 
 

@@ -186,15 +186,15 @@ class Encoded:
         """Return something of each entity as the caller's batch came: (Te, ...) or (B, E, ...)."""
         return packed if self.is_packed else self.batch.pad_entities(packed)
 
-    def labels_of_words(self, labels: Tensor) -> Tensor:
-        """Take the labels of words, given as the batch came, to (Tw, ...)."""
-        labels = labels.to(self.words.device)
-        return labels if self.is_packed else self.batch.pack_words(labels, "labels")
+    def take_words(self, given: Tensor, name: str = "labels") -> Tensor:
+        """Take something of each word, given as the batch came, to (Tw, ...); errors call it `name`."""
+        given = given.to(self.words.device)
+        return given if self.is_packed else self.batch.pack_words(given, name)
 
-    def labels_of_entities(self, labels: Tensor, name: str = "labels") -> Tensor:
-        """Take the labels of entities, given as the batch came, to (Te, ...)."""
-        labels = labels.to(self.words.device)
-        return labels if self.is_packed else self.batch.pack_entities(labels, name)
+    def take_entities(self, given: Tensor, name: str = "labels") -> Tensor:
+        """Take something of each entity, given as the batch came, to (Te, ...)."""
+        given = given.to(self.words.device)
+        return given if self.is_packed else self.batch.pack_entities(given, name)
 
 
 class LukePreTrainedModel(nn.Module):
@@ -506,19 +506,18 @@ class LukeModel(LukePreTrainedModel):
 
         num_words, layout = batch.num_words, batch.lengths.layout()
         hidden = torch.cat([self.embeddings(batch), self.entity_embeddings(batch)])
-        words: list[Tensor] = []
-        entities: list[Tensor] = []
-        attentions = []
+        encoded = Encoded(batch, is_packed, *hidden.split([num_words, batch.num_entities]))
+        states: list[tuple[Tensor, Tensor]] = []
+        attentions: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
             """Keep states as the batch came; the layers go on from what is kept, so that gradients reach it."""
             if not output_hidden_states:
                 return hidden
-            words.append(encoded.as_words(hidden[:num_words]))
-            entities.append(encoded.as_entities(hidden[num_words:]))
-            return torch.cat([encoded.labels_of_words(words[-1]), encoded.labels_of_entities(entities[-1])])
+            words, entities = encoded.as_words(hidden[:num_words]), encoded.as_entities(hidden[num_words:])
+            states.append((words, entities))
+            return torch.cat([encoded.take_words(words), encoded.take_entities(entities)])
 
-        encoded = Encoded(batch, is_packed, *hidden.split([num_words, batch.num_entities]))
         hidden = keep(hidden)
         layers: Any = self.encoder["layer"]
         for number, layer in enumerate(layers, 1):
@@ -539,9 +538,9 @@ class LukeModel(LukePreTrainedModel):
         if output_attentions:
             encoded.attentions = tuple(attentions)
         if output_hidden_states:
-            encoded.hidden_states = tuple(words)
+            encoded.hidden_states = tuple(words for words, _ in states)
             if batch.padded_entities:
-                encoded.entity_hidden_states = tuple(entities)
+                encoded.entity_hidden_states = tuple(entities for _, entities in states)
         return encoded
 
     def _check(self, batch: PackedBatch) -> None:

@@ -213,7 +213,7 @@ def test_masked_lm_losses():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 @pytest.mark.parametrize("cls", [LukeForEntityClassification, LukeForEntityPairClassification])
-def test_labels_of_entities_that_hold_several(cls, dtype):
+def test_take_entities_that_hold_several(cls, dtype):
     model, inputs = make(cls), inputs_for(cls)
     several = torch.randint(0, 2, (BATCH, LABELS)).to(dtype)
     output = model(**inputs, labels=several)
