@@ -7,6 +7,7 @@ are tensors taken.
 import json
 import os
 import re
+import secrets
 import stat
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luke_kernels.config import LukeConfig, read_json
+from luke_kernels.entity_vocab import read_entity_vocab
 from luke_kernels.sources import Source, Stored
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ RENAMES = (
 )
 # Buffers of old versions, and heads that LUKE has not.
 IGNORED = re.compile(r"\.position_ids$|^cls_entity_predictions\.|^cls\.seq_relationship\.")
+ENTITY_PARTS = re.compile(r"^(luke\.entity_embeddings|entity_predictions)\.")
 HEADS = re.compile(r"^(lm_head|entity_predictions|classifier|qa_outputs)\.|^luke\.pooler\.")
 
 WORDS = "luke.embeddings.word_embeddings.weight"
@@ -48,7 +51,7 @@ ENTITY_DECODER = "entity_predictions.decoder.weight"
 ENTITY_BIAS = "entity_predictions.bias"
 # "@" and "#" in RoBERTa's vocabulary, which archives of the original repository do not hold.
 ROBERTA_MARKERS = (1039, 10431)
-SAVED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+SAVED_WEIGHTS = re.compile(r"model(-[0-9a-f]{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def read_config(source: Source, changes: dict[str, Any]) -> LukeConfig:
@@ -58,7 +61,8 @@ def read_config(source: Source, changes: dict[str, Any]) -> LukeConfig:
     values = dict(_original_config(source))
     if _lacks_markers(values):
         values["vocab_size"] += 2
-    if _mask2_row(source, values) == values.get("entity_vocab_size"):
+    rows = _mask_rows(source, values)
+    if rows is not None and rows[1] == values["entity_vocab_size"]:
         values["entity_vocab_size"] += 1
     return LukeConfig.from_dict(values, **changes)
 
@@ -81,8 +85,8 @@ def read_tensors(source: Source) -> Tensors:
     values = _original_config(source)
     if _lacks_markers(values):
         tensors = with_markers(tensors, ROBERTA_MARKERS)
-    mask, mask2 = _special_entities(source.directory).get("[MASK]"), _mask2_row(source, values)
-    if mask is not None and mask2 is not None:
+    if (rows := _mask_rows(source, values)) is not None:
+        mask, mask2 = rows
         for name in (ENTITIES, ENTITY_DECODER, ENTITY_BIAS):
             if name in tensors:
                 tensors[name] = _with_row(tensors[name], mask2, mask)
@@ -108,10 +112,21 @@ def _check_ints(path: Path, values: dict[str, Any], *names: str) -> None:
             raise ValueError(f"{path}: {name} must be a positive int, got {values.get(name)!r}")
 
 
-def _mask2_row(source: Source, values: dict[str, Any]) -> int | None:
-    """Return the row of [MASK2] in the entity table: the one the archive's vocabulary names, or one more."""
-    rows = _special_entities(source.directory)
-    return rows.get("[MASK2]", values["entity_vocab_size"]) if "[MASK]" in rows else None
+def _mask_rows(source: Source, values: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the rows of [MASK] and [MASK2] in the entity table: as its vocabulary says, or one more for [MASK2]."""
+    for name in ("entity_vocab.tsv", "entity_vocab.jsonl"):
+        if (source.directory / name).is_file():
+            vocabulary = read_entity_vocab(source.directory / name)
+            size = values["entity_vocab_size"]
+            # Titles may bear a language, "en:[MASK]".
+            rows = {title.rpartition(":")[2]: row for title, row in vocabulary.items() if "[MASK" in title}
+            mask, mask2 = rows.get("[MASK]"), rows.get("[MASK2]", size)
+            if mask is None:
+                return None
+            if not (mask < size and mask2 <= size):
+                raise ValueError(f"{name} must have ids of {size} entities, got {mask} for [MASK], {mask2} for [MASK2]")
+            return mask, mask2
+    return None
 
 
 def rename(name: str) -> str:
@@ -181,7 +196,9 @@ def load(
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
     model.tie_weights()
     model.init_weights(fresh)
-    if any(notes.values()) and not entities_are_new:
+    if entities_are_new:
+        notes["new, to be trained"] = [key for key in sorted(fresh) if not ENTITY_PARTS.search(rename(key))]
+    if any(notes.values()):
         warnings.warn(f"{type(model).__name__} from {name}: weights {_listed(notes)}", stacklevel=3)
 
 
@@ -196,6 +213,16 @@ def _taken(name: str, key: str, stored: Stored, device: torch.device | str, dtyp
     return tensor.to(device, dtype or tensor.dtype).contiguous()
 
 
+def without_other_labels(model: "LukePreTrainedModel", stored: Tensors) -> Tensors:
+    """Leave out a classifier of another number of labels than was asked for."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if not name.startswith(("classifier.", "qa_outputs.")) or tensor.shape == shapes.get(name)
+    }
+
+
 def check_depth(name: str, config: LukeConfig, stored: Tensors) -> None:
     """Raise unless the checkpoint has as many layers as the config says: a damaged config builds no endless model."""
     depth = 1 + max((int(m[1]) for key in stored if (m := re.search(r"encoder\.layer\.(\d+)\.", key))), default=-1)
@@ -205,15 +232,16 @@ def check_depth(name: str, config: LukeConfig, stored: Tensors) -> None:
 
 def _may_be_new(name: str, entities_are_new: bool) -> bool:
     name = rename(name)
-    return bool(HEADS.search(name)) or (entities_are_new and name.startswith("luke.entity_embeddings."))
+    return bool(HEADS.search(name) or (entities_are_new and ENTITY_PARTS.search(name)))
 
 
 def _untie_if_different(model: "LukePreTrainedModel", stored: Tensors) -> None:
     """Heed a word decoder that is not the word table: transformers 5 trains it apart."""
     if not hasattr(model, "lm_head"):
         return
-    if not _equal(stored.get(ENTITY_DECODER), stored.get(ENTITIES)):
-        raise ValueError(f"{ENTITY_DECODER} must equal {ENTITIES}, got a checkpoint where they differ")
+    for alias, table in ((ENTITY_DECODER, ENTITIES), ("lm_head.decoder.bias", "lm_head.bias")):
+        if not _equal(stored.get(alias), stored.get(table)):
+            raise ValueError(f"{alias} must equal {table}, got a checkpoint where they differ")
     differs = not _equal(stored.get(WORD_DECODER), stored.get(WORDS))
     untied = differs or (not model.config.tie_word_embeddings and WORD_DECODER in stored)
     if differs and model.config.tie_word_embeddings:
@@ -254,16 +282,24 @@ def save(model: "LukePreTrainedModel", directory: str | Path, max_shard_size: in
         "architectures": [type(model).__name__],
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    config.pop("torch_dtype", None)  # what transformers 4 called it
+    for key in ("torch_dtype", "auto_map"):  # the dtype as transformers 4 called it; code that is not ours
+        config.pop(key, None)
     # Beside where they go, so that moving them is renaming; what fails before leaves nothing.
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=existing) as aside:
-        save_torch_state_dict(state, aside, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        # Shards get names that no checkpoint in `directory` has: an index always names shards of its own.
+        pattern = f"model-{secrets.token_hex(4)}{{suffix}}.safetensors"
+        save_torch_state_dict(
+            state, aside, filename_pattern=pattern, max_shard_size=max_shard_size, metadata={"format": "pt"}
+        )
+        for entry in (pattern.format(suffix=""), pattern.format(suffix="") + ".index.json"):
+            if (Path(aside) / entry).exists():
+                os.rename(Path(aside) / entry, Path(aside) / re.sub(r"-[0-9a-f]{8}", "", entry))
         (Path(aside) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # safetensors lets nobody but the owner read.
         mode = stat.S_IMODE((Path(aside) / "config.json").stat().st_mode)
         directory.mkdir(parents=True, exist_ok=True)
-        # Shards, then what names them, then the config: whoever comes between finds the old checkpoint or the new.
+        # Shards, then what names them: whoever comes between finds the weights of the old checkpoint or the new.
         names = sorted(os.listdir(aside), key=lambda name: ("-of-" not in name, name == "config.json"))
         for name in names:
             (Path(aside) / name).chmod(mode)
@@ -296,6 +332,9 @@ def start_from_encoder(
     # LUKE counts words from pad + 1 on; BERT from 0.
     shift = pad + 1 if model_type == "bert" else 0
     values = {
+        # What their configs leave out where it is their default.
+        "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
         **values,
         "pad_token_id": pad,
         "vocab_size": values["vocab_size"] + 2,
@@ -373,23 +412,3 @@ def _marker_ids(directory: Path) -> tuple[int, int]:
 
 def _lacks_markers(values: dict[str, Any]) -> bool:
     return values.get("vocab_size") == 50265 and "roberta" in str(values.get("bert_model_name", "roberta"))
-
-
-def _special_entities(directory: Path) -> dict[str, int]:
-    """Return the rows of [MASK] and [MASK2] that an archive's entity vocabulary names."""
-    rows = {}
-    for name in ("entity_vocab.tsv", "entity_vocab.jsonl"):
-        path = directory / name
-        if not path.is_file():
-            continue
-        with path.open(encoding="utf-8") as lines:
-            for row, line in enumerate(lines):
-                if "[MASK" not in line:
-                    continue
-                if name.endswith("tsv"):
-                    titles = [(line.split("\t")[0], row)]
-                else:
-                    entry = json.loads(line)
-                    titles = [(title, entry["id"]) for title, _ in entry["entities"]]
-                rows.update({title: r for title, r in titles if title in ("[MASK]", "[MASK2]")})
-    return rows

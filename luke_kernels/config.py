@@ -83,6 +83,16 @@ class LukeConfig:
     output_hidden_states: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the number of labels and their names together when one of them is changed later."""
+        ready = "_checked" in vars(self)
+        object.__setattr__(self, name, value)
+        if ready and name == "num_labels" and value != len(self.id2label or ()):
+            object.__setattr__(self, "id2label", None)
+            self._name_labels()
+        elif ready and name == "id2label" and value is not None:
+            object.__setattr__(self, "num_labels", len(value))
+
     def __post_init__(self) -> None:
         if self.entity_emb_size is None:
             self.entity_emb_size = self.hidden_size
@@ -126,6 +136,7 @@ class LukeConfig:
             raise ValueError(
                 f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
             )
+        object.__setattr__(self, "_checked", True)
 
     def _name_labels(self) -> None:
         assert self.num_labels is not None

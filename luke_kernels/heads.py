@@ -4,9 +4,10 @@ Every head takes the inputs of `LukeModel`, padded or as a `PackedBatch`; parame
 transformers' classes of the same names.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from luke_kernels.config import ACTIVATIONS, LukeConfig
 from luke_kernels.model import Encoded, LukeModel, LukePreTrainedModel, ModelOutput, resized
-from luke_kernels.ops.attention import described
-from luke_kernels.packing import PackedBatch
+from luke_kernels.ops.attention import described, readable
+from luke_kernels.packing import PackedBatch, check_range
 
 
 @dataclass
@@ -55,20 +56,44 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-Output = TypeVar("Output", MaskedLMOutput, ClassifierOutput, QuestionAnsweringOutput)
+# What heads take beside the inputs of LukeModel, all told.
+ARGUMENTS = (
+    *("labels", "entity_labels", "positions", "entity_candidates", "num_choices"),
+    *("start_positions", "end_positions", "entity_start_positions", "entity_end_positions"),
+)
 
 
 class LukeHead(LukePreTrainedModel):
-    """A head on `self.luke`: a subclass gives `score`, which turns packed states into its output."""
+    """A head on `self.luke`: a subclass gives `score`, which turns packed states and labels into its output."""
 
     score: Callable[..., Any]
-    takes: tuple[str, ...] = ("labels",)  # the arguments of `score`
+    reads_spans = False  # whether entity_start_positions and entity_end_positions are among the inputs
 
     def __init__(self, config: LukeConfig, *, pools: bool = False, backend: str = "auto"):
         super().__init__()
         self.config = config
         self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.luke = LukeModel(config, add_pooling_layer=pools, backend=backend)
+
+    def __init_subclass__(cls) -> None:
+        """Give the class a `forward` whose signature names what it takes: trainers read labels and columns there."""
+        super().__init_subclass__()
+        own = list(inspect.signature(cls.score).parameters.values())[2:]
+        spans = ("entity_start_positions", "entity_end_positions") if cls.reads_spans else ()
+        own += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in spans]
+        shared = inspect.signature(LukeHead.forward)
+        kept = [p for p in shared.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+
+        def forward(self: LukeHead, *args: Any, **kwargs: Any) -> Any:
+            return LukeHead.forward(self, *args, **kwargs)
+
+        forward.__doc__ = LukeHead.forward.__doc__
+        forward.__signature__ = shared.replace(parameters=[*kept, *keyword_only])  # type: ignore[attr-defined]
+        cls.forward = forward  # type: ignore[method-assign]
+        cls.takes = {p.name for p in own}
+
+    takes: ClassVar[set[str]]
 
     def forward(
         self,
@@ -81,26 +106,16 @@ class LukeHead(LukePreTrainedModel):
         entity_token_type_ids: Tensor | None = None,
         entity_position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        *,
-        entity_labels: Tensor | None = None,
-        entity_start_positions: Tensor | None = None,
-        entity_end_positions: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        positions: Tensor | None = None,
-        entity_candidates: Tensor | None = None,
-        num_choices: int | None = None,
+        **arguments: Any,
     ) -> Any:
         """Encode a batch and score it; with labels, also the loss.
 
         Args:
             input_ids, ..., return_dict: As in `LukeModel`.
-            labels: What the head learns from, its shape as the class says; of words and entities as the batch came.
-            others: Only where the class names them. They stand here so that one signature serves every head.
+            arguments: What the class says it takes; labels of words and entities as the batch came.
 
         Returns:
             The output the class names.
@@ -108,16 +123,10 @@ class LukeHead(LukePreTrainedModel):
         Raises:
             ValueError, TypeError: as in `LukeModel`; or an argument that this head does not take is given.
         """
-        given = {
-            "labels": labels,
-            "entity_labels": entity_labels,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-            "positions": positions,
-            "entity_candidates": entity_candidates,
-            "num_choices": num_choices,
-        }
-        arguments = {name: value for name, value in given.items() if value is not None}
+        for name in arguments:
+            if name not in ARGUMENTS:
+                raise TypeError(f"{name} must be an argument of a head, got {name}={described(arguments[name])}")
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         for name, value in arguments.items():
             if name not in self.takes:
                 raise ValueError(f"{name} must be None for {type(self).__name__}, got {described(value)}")
@@ -129,9 +138,12 @@ class LukeHead(LukePreTrainedModel):
             "entity_attention_mask": entity_attention_mask,
             "entity_token_type_ids": entity_token_type_ids,
             "entity_position_ids": entity_position_ids,
-            "entity_start_positions": entity_start_positions,
-            "entity_end_positions": entity_end_positions,
             "inputs_embeds": inputs_embeds,
+            **{
+                name: arguments.pop(name)
+                for name in list(arguments)
+                if name.startswith("entity_") and "positions" in name
+            },
         }
         if not isinstance(input_ids, PackedBatch):
             inputs["input_ids"] = input_ids
@@ -205,14 +217,20 @@ class LukeForMaskedLM(LukeHead):
     entity_logits (B, E, K). Returns `MaskedLMOutput`.
     """
 
-    takes = ("labels", "entity_labels", "positions", "entity_candidates")
-
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
         super().__init__(config, pools=True, backend=backend)
         self.lm_head = LMHead(config)
         self.entity_predictions = EntityPredictions(config)
         self.tie_weights()
         self.init_head()
+        self.register_load_state_dict_pre_hook(_check_ties)
+        self.register_load_state_dict_post_hook(_tie_again)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LukeForMaskedLM":
+        # to_empty gives each use of a tied table memory of its own.
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -256,7 +274,7 @@ class LukeForMaskedLM(LukeHead):
         if encoded.batch.padded_entities:
             candidates = entity_candidates
             if candidates is not None:
-                _check_ids(
+                check_range(
                     "entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size
                 )
                 if candidates.dim() > 1:
@@ -278,16 +296,43 @@ class LukeForMaskedLM(LukeHead):
         if encoded.is_packed:
             if positions.dim() != 1:
                 raise ValueError(f"positions must be rows (P,) of a packed batch, got {tuple(positions.shape)}")
-            _check_ids("positions", positions, 0, len(encoded.words))
+            check_range("positions", positions, 0, len(encoded.words))
             return self.lm_head(encoded.words.index_select(0, positions))
         words = encoded.as_words(encoded.words)
         if positions.dim() != 2 or positions.shape[0] != words.shape[0]:
             raise ValueError(f"positions must be (B, P) with B = {words.shape[0]}, got {tuple(positions.shape)}")
-        _check_ids("positions", positions, -1, words.shape[1])
+        check_range("positions", positions, -1, words.shape[1])
         inside = positions.clamp(min=0)
         exists = encoded.as_words(torch.ones_like(encoded.batch.word_rows, dtype=torch.bool)).gather(1, inside)
         logits = self.lm_head(words.gather(1, inside[..., None].expand(-1, -1, words.shape[-1])))
         return logits.masked_fill(((positions < 0) | ~exists)[..., None], 0)
+
+
+def _tie_again(module: nn.Module, _: Any) -> None:
+    """Make one table of what `assign=True` put in its places."""
+    assert isinstance(module, LukeForMaskedLM)
+    module.tie_weights()
+
+
+def _check_ties(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Fill what a state dict leaves out because it is tied; refuse one whose tied tables differ.
+
+    That of a fresh LukeForMaskedLM of transformers 5 does: its decoder would overwrite the word table.
+    """
+    assert isinstance(module, LukeForMaskedLM)
+    ties = {
+        "entity_predictions.decoder.weight": "luke.entity_embeddings.entity_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+    if module.config.tie_word_embeddings:
+        ties["lm_head.decoder.weight"] = "luke.embeddings.word_embeddings.weight"
+    for alias, table in ((prefix + alias, prefix + table) for alias, table in ties.items()):
+        if table in state and alias not in state:
+            state[alias] = state[table]
+        elif table in state and not torch.equal(state[alias], state[table]):
+            raise ValueError(
+                f"{alias} must equal {table} in a model that ties them, got a state dict where they differ"
+            )
 
 
 class LukeForEntityClassification(LukeHead):
@@ -331,6 +376,8 @@ class LukeForEntitySpanClassification(LukeHead):
     labels: (B, E) of classes, -100 ignored, or (B, E, num_labels) of 0 and 1; packed (Te, ...).
     logits (B, E, num_labels); packed (Te, num_labels).
     """
+
+    reads_spans = True
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
         super().__init__(config, pools=True, backend=backend)
@@ -382,7 +429,7 @@ class LukeForSequenceClassification(LukeHead):
         elif problem_type == "single_label_classification":
             loss = F.cross_entropy(logits, labels.flatten())
         else:
-            loss = F.binary_cross_entropy_with_logits(logits, labels)
+            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return ClassifierOutput(loss, logits)
 
 
@@ -410,8 +457,6 @@ class LukeForQuestionAnswering(LukeHead):
     start_positions, end_positions: (B,), columns of the words; those outside the sequence are ignored. Pads take no
     part: their logits are the least float.
     """
-
-    takes = ("start_positions", "end_positions")
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
         super().__init__(config, backend=backend)
@@ -445,8 +490,6 @@ class LukeForMultipleChoice(LukeHead):
     labels: (B,). logits (B, choices).
     """
 
-    takes = ("labels", "num_choices")
-
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
         super().__init__(config, pools=True, backend=backend)
         self.dropout = nn.Dropout(_classifier_dropout(config))
@@ -473,26 +516,14 @@ class LukeForMultipleChoice(LukeHead):
         return ClassifierOutput(loss, logits)
 
 
-def _check_ids(name: str, ids: Tensor, low: int, size: int) -> None:
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {ids.dtype}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        least, most = (int(value) for value in ids.aminmax())
-        if least < low or most >= size:
-            raise ValueError(f"{name} must lie in [{low}, {size - 1}], got {least if least < low else most}")
-
-
 def _entities_of_each(encoded: Encoded, count: int) -> Tensor:
     """Return the first entities of every sequence side by side, (B, count * C)."""
-    cu_entities = encoded.batch.lengths.cu_entities
-    if cu_entities.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = cu_entities.diff()
-        if encoded.batch.batch_size and lengths.min() < count:
-            short = int(lengths.argmin())
-            raise ValueError(
-                f"entity_ids must hold at least {count} entities in each sequence, got {lengths[short]} in sequence "
-                f"{short}"
-            )
+    lengths = encoded.batch.lengths
+    cu_entities, fewest = lengths.cu_entities, lengths.min_entities
+    if fewest is None and readable(cu_entities):
+        fewest = int(cu_entities.diff().min())
+    if encoded.batch.batch_size and fewest is not None and fewest < count:
+        raise ValueError(f"entity_ids must hold at least {count} entities in each sequence, got one with {fewest}")
     rows = cu_entities[:-1, None] + torch.arange(count, device=cu_entities.device)
     return encoded.entities[rows].flatten(1)
 

@@ -18,7 +18,7 @@ from luke_kernels.attention import PackedSelfAttention
 from luke_kernels.config import ACTIVATIONS, LukeConfig
 from luke_kernels.ops.attention import described
 from luke_kernels.ops.layout import Layout
-from luke_kernels.packing import PackedBatch
+from luke_kernels.packing import PackedBatch, check_range
 from luke_kernels.sources import Source
 
 Model = TypeVar("Model", bound="LukePreTrainedModel")
@@ -33,6 +33,15 @@ class ModelOutput:
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+
+    def values(self) -> list[Any]:
+        return list(self.to_tuple())
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(zip(self.keys(), self.to_tuple(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return dict(self.items()).get(key, default)
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -76,7 +85,7 @@ class Embeddings(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         words = self.word_embeddings(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
-        types = _types(self.token_type_embeddings, batch.token_type_ids, batch.position_ids)
+        types = _types(self.token_type_embeddings, batch.token_type_ids)
         return self.dropout(self.LayerNorm(words + self.position_embeddings(batch.position_ids) + types))
 
 
@@ -101,7 +110,7 @@ class EntityEmbeddings(nn.Module):
         entities = self.entity_embeddings(batch.entity_ids)
         if self.entity_embedding_dense is not None:
             entities = self.entity_embedding_dense(entities)
-        types = _types(self.token_type_embeddings, batch.entity_token_type_ids, batch.entity_ids)
+        types = _types(self.token_type_embeddings, batch.entity_token_type_ids)
         return self.dropout(self.LayerNorm(entities + self._mean_positions(batch.entity_position_ids) + types))
 
     def _mean_positions(self, position_ids: Tensor) -> Tensor:
@@ -112,8 +121,9 @@ class EntityEmbeddings(nn.Module):
         return F.embedding_bag(position_ids.clamp(min=0), table, mode="sum", per_sample_weights=shares)
 
 
-def _types(table: nn.Embedding, ids: Tensor | None, tokens: Tensor) -> Tensor:
-    return table(torch.zeros_like(tokens) if ids is None else ids)
+def _types(table: nn.Embedding, ids: Tensor | None) -> Tensor:
+    """Return (T, C), or (C,) where all tokens are of type 0."""
+    return table.weight[0] if ids is None else table(ids)
 
 
 class ResidualNorm(nn.Module):
@@ -188,13 +198,26 @@ class Encoded:
 
     def take_words(self, given: Tensor, name: str = "labels") -> Tensor:
         """Take something of each word, given as the batch came, to (Tw, ...); errors call it `name`."""
-        given = given.to(self.words.device)
-        return given if self.is_packed else self.batch.pack_words(given, name)
+        if not self.is_packed:
+            return self.batch.pack_words(given, name).to(self.words.device)
+        _check_rows(name, given, self.batch.num_words, "pack_words")
+        return given.to(self.words.device)
 
     def take_entities(self, given: Tensor, name: str = "labels") -> Tensor:
         """Take something of each entity, given as the batch came, to (Te, ...)."""
-        given = given.to(self.words.device)
-        return given if self.is_packed else self.batch.pack_entities(given, name)
+        if not self.is_packed:
+            return self.batch.pack_entities(given, name).to(self.words.device)
+        _check_rows(name, given, self.batch.num_entities, "pack_entities")
+        return given.to(self.words.device)
+
+
+def _check_rows(name: str, given: Tensor, rows: int, pack: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if given.shape[0] != rows:
+        raise ValueError(
+            f"{name} must have {rows} rows, those of the PackedBatch (its {pack} makes them), got {tuple(given.shape)}"
+        )
 
 
 class LukePreTrainedModel(nn.Module):
@@ -232,7 +255,8 @@ class LukePreTrainedModel(nn.Module):
             device: Where the weights go.
             backend: As in `luke_kernels.entity_aware_attention`.
             revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub.
-            **changes: Settings of `LukeConfig` that replace the stored ones, num_labels=9 for instance.
+            **changes: Settings of `LukeConfig` that replace the stored ones; for another num_labels the classifier is
+                new.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or a file is missing from it.
@@ -248,6 +272,8 @@ class LukePreTrainedModel(nn.Module):
             checkpoints.check_depth(source.name, config, tensors)
             with torch.device("meta"):
                 model = cls(config, backend=backend)
+            if changes.keys() & {"num_labels", "id2label"}:
+                tensors = checkpoints.without_other_labels(model, tensors)
             checkpoints.load(model, source.name, tensors, dtype=dtype, device=device)
         return model.eval()
 
@@ -554,18 +580,15 @@ class LukeModel(LukePreTrainedModel):
             raise ValueError(
                 f"inputs_embeds must have the hidden size {config.hidden_size}, got {batch.inputs_embeds.shape[-1]}"
             )
-        # Reading the values elsewhere would wait for the device, or break a graph.
-        if batch.position_ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        for name, ids, low, size in (
-            ("input_ids", batch.input_ids, 0, config.vocab_size),
-            ("position_ids", batch.position_ids, 0, config.max_position_embeddings),
-            ("token_type_ids", batch.token_type_ids, 0, config.type_vocab_size),
-            ("entity_ids", batch.entity_ids, 0, config.entity_vocab_size),
-            ("entity_position_ids", batch.entity_position_ids, -1, config.max_position_embeddings),
-            ("entity_token_type_ids", batch.entity_token_type_ids, 0, config.type_vocab_size),
-        ):
-            if ids is not None and ids.numel():
-                least, most = (int(value) for value in ids.aminmax())
-                if least < low or most >= size:
-                    raise ValueError(f"{name} must lie in [{low}, {size - 1}], got {least if least < low else most}")
+        if batch.pad_token_id not in (None, config.pad_token_id):
+            raise ValueError(
+                f"pad_token_id of a PackedBatch must be that of the model, {config.pad_token_id}, from which positions "
+                f"are counted, got {batch.pad_token_id}"
+            )
+        positions, types = config.max_position_embeddings, config.type_vocab_size
+        check_range("input_ids", batch.input_ids, 0, config.vocab_size)
+        check_range("position_ids", batch.position_ids, 0, positions)
+        check_range("token_type_ids", batch.token_type_ids, 0, types)
+        check_range("entity_ids", batch.entity_ids, 0, config.entity_vocab_size)
+        check_range("entity_position_ids", batch.entity_position_ids, -1, positions)
+        check_range("entity_token_type_ids", batch.entity_token_type_ids, 0, types)

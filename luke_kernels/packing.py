@@ -2,18 +2,20 @@
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from luke_kernels.ops.attention import described
+from luke_kernels.ops.attention import described, readable
 from luke_kernels.ops.layout import Layout
 
+Packed = TypeVar("Packed", "PackedLengths", "PackedBatch")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class PackedLengths:
     """Where the sequences of a packed batch begin, words and entities apart.
 
@@ -22,12 +24,14 @@ class PackedLengths:
         cu_entities: Cumulative numbers of entities, int32 (B + 1,).
         max_words: The longest sequence's number of words, an int: no kernel launch waits for the device.
         max_entities: The largest number of entities.
+        min_entities: The smallest number of entities, for heads that need some; None: not known.
     """
 
     cu_words: Tensor
     cu_entities: Tensor
     max_words: int
     max_entities: int
+    min_entities: int | None = None
 
     @classmethod
     def from_lengths(
@@ -55,6 +59,7 @@ class PackedLengths:
             _cumulative(entity_lengths),
             max(word_lengths, default=0),
             max(entity_lengths, default=0),
+            min(entity_lengths, default=0),
         )
 
     @property
@@ -73,12 +78,16 @@ class PackedLengths:
             covers_rows=True,
         )
 
-    def to(self, device: torch.device | str) -> "PackedLengths":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedLengths":
         """Move the tensors to a device."""
-        return PackedLengths(self.cu_words.to(device), self.cu_entities.to(device), self.max_words, self.max_entities)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedLengths":
+        """Copy the tensors into page-locked memory."""
+        return _each_tensor(self, lambda tensor: tensor.pin_memory())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """The inputs of LUKE with no padding: Tw words and Te entities of B sequences, one after another.
 
@@ -99,6 +108,7 @@ class PackedBatch:
         entity_start_positions, entity_end_positions: First and last word of each mention, by rank in the sequence,
             int64 (Te,); span classification reads them.
         inputs_embeds: Embeddings of the words, (Tw, C), in place of `input_ids`.
+        pad_token_id: The word id that `position_ids` were counted from; None: they were given.
     """
 
     lengths: PackedLengths
@@ -115,6 +125,7 @@ class PackedBatch:
     entity_start_positions: Tensor | None = None
     entity_end_positions: Tensor | None = None
     inputs_embeds: Tensor | None = None
+    pad_token_id: int | None = None
 
     @classmethod
     def from_padded(
@@ -147,6 +158,7 @@ class PackedBatch:
             entity_position_ids: Mentions' words by their place among the words that exist, (B, E, M), -1 pads.
             entity_start_positions, entity_end_positions: Columns of `input_ids`, (B, E).
             inputs_embeds: (B, W, C), in place of `input_ids`.
+            pad_token_id: That of the model: 1 of RoBERTa's, 0 of BERT's.
 
         Raises:
             ValueError, TypeError: shapes or dtypes do not fit, an entity argument comes without `entity_ids`, or
@@ -179,14 +191,19 @@ class PackedBatch:
 
         word_mask = _mask("attention_mask", attention_mask, words, num_words)
         entity_mask = _mask("entity_attention_mask", entity_attention_mask, words, num_entities)
-        # One wait for the device, for both kinds.
-        word_lengths, entity_lengths = torch.stack([word_mask.sum(dim=1), entity_mask.sum(dim=1)]).tolist()
+        columns = {name: given[name] for name in ("entity_start_positions", "entity_end_positions")}
+        ranks = {name: _ranks(c, word_mask, entity_mask) for name, c in columns.items() if c is not None}
+        # One wait for the device.
+        facts = [word_mask.sum(dim=1), entity_mask.sum(dim=1), *(wrong.sum().view(1) for _, wrong in ranks.values())]
+        counts = torch.cat(facts).tolist()
+        word_lengths, entity_lengths = counts[:batch], counts[batch : 2 * batch]
+        for (name, (_, wrong)), number in zip(ranks.items(), counts[2 * batch :], strict=True):
+            if number:
+                raise ValueError(
+                    f"{name} must hold columns of words that exist, got {columns[name][wrong][0].item()}"  # type: ignore[index]
+                )
         word_rows = torch.nonzero_static(word_mask.flatten(), size=sum(word_lengths)).squeeze(1)
         entity_rows = torch.nonzero_static(entity_mask.flatten(), size=sum(entity_lengths)).squeeze(1)
-        starts, ends = (
-            None if columns is None else _ranks(name, columns, word_mask, entity_mask)
-            for name, columns in list(given.items())[-2:]
-        )
 
         def pack(padded: Tensor, rows: Tensor) -> Tensor:
             return padded.flatten(0, 1).index_select(0, rows)
@@ -208,24 +225,33 @@ class PackedBatch:
             padded_entities=num_entities,
             token_type_ids=pack_if_given(token_type_ids, word_rows),
             entity_token_type_ids=pack_if_given(entity_token_type_ids, entity_rows),
-            entity_start_positions=pack_if_given(starts, entity_rows),
-            entity_end_positions=pack_if_given(ends, entity_rows),
+            **{name: pack(of_columns, entity_rows) for name, (of_columns, _) in ranks.items()},
             inputs_embeds=pack_if_given(inputs_embeds, word_rows),
+            pad_token_id=pad_token_id if position_ids is None else None,
         )
 
     @classmethod
     def from_encodings(
-        cls, encodings: Mapping[str, Sequence] | Sequence[Mapping[str, Sequence]], *, pad_token_id: int = 1
+        cls, encodings: Mapping[str, Sequence] | Sequence[Mapping[str, Sequence]], *, pad_token_id: int | None = None
     ) -> "PackedBatch":
         """Pack what a tokenizer gives without padding: a mapping of lists of sequences, or a list of mappings.
 
         Keys are those of `from_padded`; others are ignored, entities may be missing from some sequences, and words and
         entities that a mask in the encodings excludes are left out.
 
+        Args:
+            encodings: What `LukeTokenizer` returns, or a list of such, or of plain dicts.
+            pad_token_id: That of the model; None: the tokenizer's, where it made `encodings`, else 1.
+
         Raises:
             ValueError, TypeError: `input_ids` is missing, no sequence is given, or lengths disagree.
         """
+        if pad_token_id is None:
+            first = encodings if isinstance(encodings, Mapping) else next(iter(encodings), None)
+            pad_token_id = getattr(first, "pad_token_id", 1)
         if isinstance(encodings, Mapping):
+            if len(ids := encodings.get("input_ids", ())) and not hasattr(ids[0], "__len__"):
+                encodings = {key: [values] for key, values in encodings.items()}  # of a single text
             encodings = [
                 {key: values[b] for key, values in encodings.items() if key in _ENCODING_KEYS}
                 for b in range(len(encodings.get("input_ids", ())))
@@ -269,7 +295,7 @@ class PackedBatch:
         if (self.input_ids is None) == (self.inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         # Kernels trust them; elsewhere reading would wait for the device.
-        if self.lengths.cu_words.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(self.lengths.cu_words):
             totals = int(self.lengths.cu_words[-1]), int(self.lengths.cu_entities[-1])
             if totals != (words, entities):
                 raise ValueError(f"lengths must add up to {words} words and {entities} entities, got {totals}")
@@ -287,24 +313,23 @@ class PackedBatch:
                     if wrong.any():
                         raise ValueError(f"{name} must be ranks of words in the sequence, got {ranks[wrong][0].item()}")
 
-    def to(self, device: torch.device | str) -> "PackedBatch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Move all tensors to a device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor | PackedLengths)
-        }
-        return dataclasses.replace(self, **moved)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Copy all tensors into page-locked memory, as a DataLoader asks with `pin_memory=True`."""
+        return _each_tensor(self, lambda tensor: tensor.pin_memory())
 
     def pack_words(self, padded: Tensor, name: str = "padded") -> Tensor:
         """Pack something of each word (labels, say): (B, W, ...) -> (Tw, ...)."""
         _check_leading(name, padded, (self.batch_size, self.padded_words))
-        return padded.flatten(0, 1).index_select(0, self.word_rows)
+        return padded.flatten(0, 1).index_select(0, self.word_rows.to(padded.device))
 
     def pack_entities(self, padded: Tensor, name: str = "padded") -> Tensor:
         """Pack something of each entity: (B, E, ...) -> (Te, ...)."""
         _check_leading(name, padded, (self.batch_size, self.padded_entities))
-        return padded.flatten(0, 1).index_select(0, self.entity_rows)
+        return padded.flatten(0, 1).index_select(0, self.entity_rows.to(padded.device))
 
     def pad_words(self, packed: Tensor, fill: float = 0) -> Tensor:
         """Put what is packed back where it was in the padded batch: (Tw, ...) -> (B, W, ...), `fill` in the pads."""
@@ -361,6 +386,16 @@ def _pad_ragged(key: str, encodings: list[Mapping[str, Any]]) -> Tensor:
     return padded
 
 
+def _each_tensor(packed: Packed, change: Callable[[Any], Any]) -> Packed:
+    """Return a copy with every tensor changed, those within too."""
+    changed: dict[str, Any] = {
+        field.name: change(value)
+        for field in dataclasses.fields(packed)
+        if isinstance(value := getattr(packed, field.name), Tensor | PackedLengths)
+    }
+    return dataclasses.replace(packed, **changed)
+
+
 def _pad(packed: Tensor, rows: Tensor, batch_size: int, length: int, fill: float) -> Tensor:
     padded = packed.new_full((batch_size * length, *packed.shape[1:]), fill)
     return padded.index_copy(0, rows, packed).unflatten(0, (batch_size, length))
@@ -392,7 +427,26 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int | None, ...]) -> N
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
 
 
+def check_range(name: str, ids: Tensor | None, low: int, size: int) -> None:
+    """Raise unless ids lie in [low, size), where reading them waits for nothing.
+
+    Raises:
+        ValueError: they do not.
+        TypeError: they are no integers.
+    """
+    if ids is None:
+        return
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if readable(ids) and ids.numel():
+        least, most = (int(value) for value in ids.aminmax())
+        if least < low or most >= size:
+            raise ValueError(f"{name} must lie in [{low}, {size - 1}], got {least if least < low else most}")
+
+
 def _check_leading(name: str, tensor: Tensor, sizes: tuple[int, int]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape[:2]) != sizes:
         raise ValueError(f"{name} must have the shape ({sizes[0]}, {sizes[1]}, ...), got {tuple(tensor.shape)}")
 
@@ -401,22 +455,19 @@ def _mask(name: str, mask: Tensor | None, words: Tensor, length: int) -> Tensor:
     """Return which tokens exist, bool (B, length)."""
     if mask is None:
         return torch.ones(words.shape[0], length, dtype=torch.bool, device=words.device)
-    if mask.dtype != torch.bool and mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != torch.bool and readable(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold 0 and 1 only, got {mask.min().item()} to {mask.max().item()}")
     return mask.to(words.device).bool()
 
 
-def _ranks(name: str, columns: Tensor, word_mask: Tensor, entity_mask: Tensor) -> Tensor:
-    """Turn columns of words into ranks among the words that exist, (B, E); where entities do not exist, anything."""
+def _ranks(columns: Tensor, word_mask: Tensor, entity_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn columns of words into ranks among the words that exist, (B, E), and say which of entities are none."""
     num_words = word_mask.shape[1]
     if not num_words:
-        return columns
+        return columns, entity_mask
     inside = columns.clamp(0, num_words - 1)
-    if columns.device.type == "cpu":
-        wrong = entity_mask & ((inside != columns) | ~word_mask.gather(1, inside))
-        if wrong.any():
-            raise ValueError(f"{name} must hold columns of words that exist, got {columns[wrong][0].item()}")
-    return (word_mask.cumsum(dim=1) - 1).gather(1, inside)
+    wrong = entity_mask & ((inside != columns) | ~word_mask.gather(1, inside))
+    return (word_mask.cumsum(dim=1) - 1).gather(1, inside), wrong
 
 
 def _default_positions(input_ids: Tensor | None, words: Tensor, pad_token_id: int) -> Tensor:

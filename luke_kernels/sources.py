@@ -4,9 +4,11 @@ Nothing that comes from outside is executed or trusted: pickles are read as tens
 a bounded size, and indexes name files beside them.
 """
 
+import bz2
+import contextlib
+import gzip
 import lzma
 import pickle
-import shutil
 import struct
 import tarfile
 import tempfile
@@ -29,6 +31,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What is read of an archive; none of these has a name that needs an extended header.
+ARCHIVED = {*WEIGHT_FILES, "metadata.json", "entity_vocab.tsv", "entity_vocab.jsonl"}
+# The vocabularies, for encoders that LUKE starts from.
+HUB_FILES = ("config.json", "vocab.json", "vocab.txt", "tokenizer.json", "model*.safetensors", WEIGHT_FILES[1])
 ARCHIVES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar")
 # Weights barely compress; what unpacks to more than this many times its size is no checkpoint.
 MOST_EXPANSION = 20
@@ -72,7 +78,7 @@ class Source:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        self._exits = ExitStack()
+        self._exits, self._unpacked = ExitStack(), False
 
     def __enter__(self) -> "Source":
         path = Path(self.name)
@@ -82,11 +88,13 @@ class Source:
             with ExitStack() as exits:
                 self.directory = Path(exits.enter_context(tempfile.TemporaryDirectory()))
                 _extract(path, self.directory)
-                self._exits = exits.pop_all()
+                self._exits, self._unpacked = exits.pop_all(), True
         else:
-            self.directory = download(self.name, ("*.json", "*.txt", "*.safetensors"), **self._hub)
+            self.directory = download(self.name, HUB_FILES, **self._hub)
             if not any((self.directory / file).is_file() for file in WEIGHT_FILES[:2]):
-                self.directory = download(self.name, ("*.bin", "*.bin.index.json"), **self._hub)
+                self.directory = download(
+                    self.name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"), **self._hub
+                )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -103,7 +111,9 @@ class Source:
         if path is None:
             raise FileNotFoundError(f"{self.name} must hold one of {', '.join(WEIGHT_FILES)}, got none of them")
         for file in _shards(path) if path.suffix == ".json" else [path]:
-            yield from (_safetensors if file.suffix == ".safetensors" else _pickled)(file)
+            for name, stored in (_safetensors if file.suffix == ".safetensors" else _pickled)(file):
+                # Else an archive's unpacked file would be mapped, and take its place, as long as the model lives.
+                yield name, Stored(stored.shape, lambda read=stored.read: read().clone()) if self._unpacked else stored  # type: ignore[misc]
 
 
 def download(name: str, patterns: tuple[str, ...], **hub: Any) -> Path:
@@ -112,6 +122,8 @@ def download(name: str, patterns: tuple[str, ...], **hub: Any) -> Path:
     Raises:
         FileNotFoundError: `name` is no directory, and no id of a repository that the hub gives out.
     """
+    if Path(name).is_absolute() or name.startswith("."):
+        raise FileNotFoundError(f"{name} must be a directory, an archive or an id on the hub, got no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -166,39 +178,75 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
         raise ValueError(f"{path} must hold a dict of tensors by name, got {type(state).__name__}")
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError(f"{path} must hold dense tensors, got {name} of {tensor.layout} on {tensor.device}")
             yield name, Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
 
 
+class _Bounded:
+    """A stream that gives no more than so many bytes."""
+
+    def __init__(self, stream: IO[bytes], archive: Path):
+        self._stream, self._archive = stream, archive
+        self._left = MOST_EXPANSION * archive.stat().st_size + 2**20
+
+    def spend(self, size: int, where: str) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(
+                f"{self._archive} must unpack to at most {MOST_EXPANSION} times its size, got more {where}"
+            )
+
+    def read(self, size: int, where: str) -> bytes:
+        self.spend(size, where)
+        return self._stream.read(size)
+
+    def read_spent(self, size: int) -> Iterator[bytes]:
+        """Read what has been spent before, in pieces."""
+        while size > 0:
+            block = self._stream.read(min(size, 2**20))
+            if not block:
+                raise EOFError("it ends within a file")
+            size -= len(block)
+            yield block
+
+
 def _extract(archive: Path, directory: Path) -> None:
-    """Unpack the files of an archive of the original repository, flat; what no such archive holds is refused."""
-    budget = MOST_EXPANSION * archive.stat().st_size + 2**20
+    """Unpack the files that a checkpoint has, flat, from an archive of the original repository.
 
-    def spend(size: int, where: str) -> None:
-        nonlocal budget
-        budget -= size
-        if budget < 0:
-            raise ValueError(f"{archive} must unpack to at most {MOST_EXPANSION} times its size, got more {where}")
-
+    Headers are read here and not by tarfile, which takes extended ones of any size, for any time.
+    """
+    open_stream: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(archive.suffix, open)
     try:
-        with tarfile.open(archive) as members:
-            for member in members:
-                path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts:
-                    raise ValueError(f"{archive} must hold relative paths, got {member.name!r}")
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise ValueError(f"{archive} must hold files and no links or devices, got {member.name!r}")
-                if (directory / path.name).exists():
-                    raise ValueError(f"{archive} must hold each file once, got {member.name!r} again")
-                spend(member.size, f"at {member.name!r}")
-                content = members.extractfile(member)
-                assert content is not None
-                with (directory / path.name).open("wb") as file:
-                    shutil.copyfileobj(content, file, 2**24)
-            # The checksum stands at the end, which tarfile does not read.
-            rest: IO[bytes] = members.fileobj  # type: ignore[assignment]
-            while chunk := rest.read(2**20):
-                spend(len(chunk), "after its last file")
+        with open_stream(archive, "rb") as stream:
+            content = _Bounded(stream, archive)
+            header = content.read(tarfile.BLOCKSIZE, "at its beginning")
+            if not header:
+                raise EOFError("it is empty")
+            while any(header):
+                _extract_member(
+                    archive, tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape"), directory, content
+                )
+                header = content.read(tarfile.BLOCKSIZE, "in its headers")
+            while content.read(2**16, "after its last file"):  # to the end, where the checksum is
+                pass
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive} must be a whole archive, got: {error}") from None
+
+
+def _extract_member(archive: Path, member: tarfile.TarInfo, directory: Path, content: _Bounded) -> None:
+    path = PurePosixPath(member.name)
+    extends = member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{archive} must hold relative paths, got {member.name!r}")
+    if not (member.isreg() or member.isdir() or extends):
+        raise ValueError(f"{archive} must hold files and no links or devices, got {member.name!r}")
+    target = directory / path.name if member.isreg() and path.name in ARCHIVED else None
+    if target is not None and target.exists():
+        raise ValueError(f"{archive} must hold each file once, got {member.name!r} again")
+    content.spend(member.size, f"at {member.name!r}")
+    with target.open("wb") if target is not None else contextlib.nullcontext() as file:
+        for block in content.read_spent(member.size):
+            if file is not None:
+                file.write(block)
+    content.read(-member.size % tarfile.BLOCKSIZE, f"at {member.name!r}")

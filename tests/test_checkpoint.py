@@ -1,9 +1,11 @@
 """Checkpoints of every origin: what is read, what is made up, what is refused, and what saving leaves behind."""
 
+import contextlib
 import io
 import json
 import os
 import pickle
+import re
 import resource
 import stat
 import subprocess
@@ -75,6 +77,10 @@ def assert_holds(model, state):
         assert parameter.requires_grad
         assert parameter.dtype == state[name].dtype
         assert torch.equal(parameter, state[name]), name
+
+
+# What tells one save's shards from another's.
+SHARD_TAG = re.compile(r"-[0-9a-f]{8}-")
 
 
 def tree(directory):
@@ -461,6 +467,7 @@ ENCODERS = [
 
 
 @pytest.mark.parametrize(("kind", "head"), ENCODERS)
+@pytest.mark.filterwarnings("ignore:.*weights new, to be trained. (luke.)?pooler:UserWarning")
 def test_words_of_an_encoder_keep_their_states(tmp_path, kind, head):
     theirs = encoder_checkpoint(tmp_path / "m", kind, head)
     base = getattr(theirs, theirs.base_model_prefix) if head else theirs
@@ -478,6 +485,7 @@ def test_words_of_an_encoder_keep_their_states(tmp_path, kind, head):
 
 
 @pytest.mark.parametrize(("kind", "head"), ENCODERS)
+@pytest.mark.filterwarnings("ignore:.*weights new, to be trained. (luke.)?pooler:UserWarning")
 def test_what_an_encoder_gives_to_a_luke(tmp_path, kind, head):
     theirs = encoder_checkpoint(tmp_path / "m", kind, head)
     base = getattr(theirs, theirs.base_model_prefix) if head else theirs
@@ -509,6 +517,7 @@ def test_what_an_encoder_gives_to_a_luke(tmp_path, kind, head):
 
 
 @pytest.mark.parametrize(("kind", "head"), [("Roberta", "ForMaskedLM"), ("Bert", "ForMaskedLM")])
+@pytest.mark.filterwarnings("ignore:.*weights new, to be trained. (luke.)?pooler:UserWarning")
 def test_word_prediction_of_an_encoder_is_kept(tmp_path, kind, head):
     theirs = encoder_checkpoint(tmp_path / "m", kind, head)
     ours = LukeForMaskedLM.from_encoder(tmp_path / "m", entity_vocab_size=7, marker_token_ids=(11, 12))
@@ -524,9 +533,10 @@ def test_word_prediction_of_an_encoder_is_kept(tmp_path, kind, head):
 @pytest.mark.parametrize("kind", ["Roberta", "Bert"])
 def test_heads_on_an_encoder_are_new(tmp_path, kind, head):
     encoder_checkpoint(tmp_path / "m", kind, head)
-    ours = LukeForEntityClassification.from_encoder(
-        tmp_path / "m", entity_vocab_size=7, entity_emb_size=8, marker_token_ids=(11, 12), num_labels=5
-    )
+    with pytest.warns(UserWarning, match=r"weights new, to be trained: classifier.bias, classifier.weight"):
+        ours = LukeForEntityClassification.from_encoder(
+            tmp_path / "m", entity_vocab_size=7, entity_emb_size=8, marker_token_ids=(11, 12), num_labels=5
+        )
     assert ours.config.num_labels == 5
     assert ours.get_entity_embeddings().weight.shape == (7, 8)
     assert ours.classifier.weight.shape == (5, 16)
@@ -722,7 +732,11 @@ def test_saving_over_a_checkpoint_replaces_its_files(tmp_path, masked_lm, first,
     model_holding(other).save_pretrained(tmp_path / "m", max_shard_size=first)
     model_holding(masked_lm).save_pretrained(tmp_path / "once", max_shard_size=second)
     model_holding(masked_lm).save_pretrained(tmp_path / "m", max_shard_size=second)
-    assert tree(tmp_path / "m") == tree(tmp_path / "once")
+    once, again = (
+        {SHARD_TAG.sub("-", str(path)): SHARD_TAG.sub("-", content.decode("latin1")) for path, content in files.items()}
+        for files in (tree(tmp_path / "once"), tree(tmp_path / "m"))
+    )
+    assert once == again
     assert_holds(LukeForMaskedLM.from_pretrained(tmp_path / "m"), masked_lm)
 
 
@@ -748,6 +762,28 @@ def test_saving_where_it_was_loaded_from(tmp_path, masked_lm, file, max_shard_si
     expected = {name: tensor + 1 for name, tensor in masked_lm.items()}
     assert_holds(model, expected)
     assert_holds(LukeForMaskedLM.from_pretrained(directory), expected)
+
+
+@pytest.mark.parametrize("second", ["10KB", "5GB"])
+@pytest.mark.parametrize("first", ["10KB", "5GB"])
+@pytest.mark.parametrize("stop", range(5))
+def test_a_save_that_is_cut_off_mixes_nothing(tmp_path, masked_lm, monkeypatch, first, second, stop):
+    model_holding(masked_lm).save_pretrained(tmp_path, max_shard_size=first)
+    changed = {name: tensor + 1 for name, tensor in masked_lm.items()}
+    replace, done = os.replace, []
+
+    def cut_off(source, target):
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with contextlib.suppress(KeyboardInterrupt):
+        model_holding(changed).save_pretrained(tmp_path, max_shard_size=second)
+    monkeypatch.undo()
+    weights = dict(LukeForMaskedLM.from_pretrained(tmp_path).named_parameters())
+    assert any(all(torch.equal(p, state[name]) for name, p in weights.items()) for state in (masked_lm, changed))
 
 
 @pytest.fixture
@@ -847,7 +883,7 @@ def test_the_hub_gets_what_was_asked_for(tmp_path, monkeypatch, masked_lm, file)
     assert {repo_id for repo_id, _, _ in calls} == {"someone/luke"}
     assert all(arguments == hub for _, _, arguments in calls)
     patterns = [patterns for _, patterns, _ in calls]
-    assert {"*.json", "*.safetensors"} <= set(patterns[0])
+    assert {"config.json", "model*.safetensors"} <= set(patterns[0])
     # Pickles only where there is nothing better.
     assert not any("bin" in pattern for pattern in patterns[0])
     assert len(patterns) == (2 if file.endswith("bin") else 1)
@@ -1032,5 +1068,11 @@ def test_num_labels_that_do_not_fit_the_stored_head(tmp_path):
     model = LukeForSequenceClassification.from_pretrained(directory)
     assert_holds(model, state)
     assert model.config.id2label == {0: "A", 1: "B", 2: "C"}
-    with pytest.raises(ValueError, match=r"classifier.weight \(3, 16\) where the config says \(4, 16\)"):
-        LukeForSequenceClassification.from_pretrained(directory, num_labels=4)
+    with pytest.warns(UserWarning, match="weights new, to be trained: classifier.bias, classifier.weight"):
+        other = LukeForSequenceClassification.from_pretrained(directory, num_labels=4)
+    assert other.classifier.weight.shape == (4, 16)
+    assert torch.equal(other.luke.pooler["dense"].weight, state["luke.pooler.dense.weight"])
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "id2label": {"0": "A"}}))
+    with pytest.raises(ValueError, match=r"classifier.weight \(3, 16\) where the config says \(1, 16\)"):
+        LukeForSequenceClassification.from_pretrained(directory)

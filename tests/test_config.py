@@ -140,3 +140,14 @@ def test_from_pretrained(tmp_path, model_type):
     config = LukeConfig.from_pretrained(tmp_path, hidden_size=36)
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (30, 36, 12)
     assert config.extra == {}
+
+
+def test_labels_changed_later():
+    config = LukeConfig()
+    config.num_labels = 3
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config.id2label = {0: "PER", 1: "LOC"}
+    assert config.num_labels == 2
+    config.num_labels = 2
+    assert config.id2label == {0: "PER", 1: "LOC"}
+    assert LukeConfig.from_dict(config.to_dict()) == config

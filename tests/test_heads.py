@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from typing import Any
 
@@ -595,7 +596,23 @@ def saved_and_loaded(model: LukePreTrainedModel, directory) -> LukePreTrainedMod
     return type(model).from_pretrained(directory)
 
 
+def assigned(model: LukePreTrainedModel, _) -> LukePreTrainedModel:
+    other = make(type(model), tie_word_embeddings=model.config.tie_word_embeddings)
+    other.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    return other
+
+
+def emptied(model: LukePreTrainedModel, _) -> LukePreTrainedModel:
+    with torch.device("meta"):
+        other = type(model)(copy.deepcopy(model.config)).eval()
+    other.to_empty(device="cpu").double()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 COPIES = {
+    "assigned": assigned,
+    "emptied": emptied,
     "itself": lambda model, _: model,
     "saved": saved_and_loaded,
     "deepcopy": lambda model, _: copy.deepcopy(model),
@@ -620,6 +637,41 @@ def test_ties(how, tied, tmp_path):
     decoders = other.lm_head.decoder.weight, other.entity_predictions.decoder.weight
     tables = other.get_input_embeddings().weight, other.get_entity_embeddings().weight
     assert [torch.equal(a, b) for a, b in zip(decoders, tables, strict=True)] == [tied, True]
+
+
+def test_a_state_dict_without_its_ties_is_refused():
+    """That of a fresh LukeForMaskedLM of transformers 5: its decoder would overwrite the word table."""
+    model = make(LukeForMaskedLM)
+    state = {**model.state_dict(), "lm_head.decoder.weight": torch.zeros_like(model.lm_head.decoder.weight)}
+    before = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match=r"lm_head.decoder.weight must equal luke.*word_embeddings.weight in"):
+        model.load_state_dict(state)
+    del state["lm_head.decoder.weight"], state["lm_head.decoder.bias"], state["entity_predictions.decoder.weight"]
+    model.load_state_dict(state)  # as transformers 4 leaves them out
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert all(a == b for a, b in ties(model))
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_trainers_find_the_labels(cls):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = getattr(transformers, cls.__name__)
+    find_labels = transformers.utils.find_labels
+    assert find_labels(cls) == find_labels(theirs)
+    taken = set(inspect.signature(cls.forward).parameters)
+    assert set(inspect.signature(theirs.forward).parameters) - {"kwargs", "head_mask"} <= taken
+
+
+@pytest.mark.parametrize(("cls", "count"), [(LukeForEntityClassification, 1), (LukeForEntityPairClassification, 2)])
+def test_too_few_entities_where_no_value_can_be_read(cls, count):
+    """As on a GPU: the entity of the next sequence must not stand in."""
+    inputs = padded_inputs()
+    inputs["entity_attention_mask"][1] = 0
+    inputs["entity_attention_mask"][1, : count - 1] = 1
+    batch = PackedBatch.from_padded(**inputs).to("meta")
+    message = f"entity_ids must hold at least {count} entities in each sequence, got one with {count - 1}"
+    with pytest.raises(ValueError, match=message):
+        make(cls).to("meta")(batch)
 
 
 @pytest.mark.parametrize("cls", [LukeModel, *HEADS])
@@ -732,10 +784,12 @@ def test_too_few_entities(cls, count, packed):
     inputs = inputs_for(cls)
     inputs["entity_attention_mask"][1, count - 1 :] = 0
     given = {"input_ids": PackedBatch.from_padded(**inputs)} if packed else inputs
-    message = f"entity_ids must hold at least {count} entities in each sequence, got {count - 1} in sequence 1"
+    message = f"entity_ids must hold at least {count} entities in each sequence, got one with {count - 1}"
     with pytest.raises(ValueError, match=message):
         make(cls)(**given)
-    with pytest.raises(ValueError, match=f"entity_ids must hold at least {count} entities in each sequence, got 0"):
+    with pytest.raises(
+        ValueError, match=f"entity_ids must hold at least {count} entities in each sequence, got one with 0"
+    ):
         make(cls)(**words_of(inputs))
 
 

@@ -204,3 +204,25 @@ def test_bad_packed_batches(changes, message):
     batch = PackedBatch.from_padded(**padded_inputs())
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(batch, **changes)
+
+
+def test_from_encodings_of_a_single_text():
+    encoding = {"input_ids": [0, 5, 2], "entity_ids": [4], "entity_position_ids": [[1, -1]]}
+    assert equal_batches(PackedBatch.from_encodings(encoding), PackedBatch.from_encodings([encoding]))
+
+
+@pytest.mark.parametrize("column", [-1, WORDS, 6])
+def test_span_columns_of_no_word(column):
+    """Column 6 is a pad of the second sequence."""
+    columns = torch.zeros(BATCH, ENTITIES, dtype=torch.int64)
+    columns[1, 0] = column
+    for name in ("entity_start_positions", "entity_end_positions"):
+        with pytest.raises(ValueError, match=f"{name} must hold columns of words that exist, got {column}$"):
+            PackedBatch.from_padded(**padded_inputs(), **{name: columns})
+
+
+def test_columns_of_entities_that_do_not_exist_are_not_looked_at():
+    inputs = padded_inputs()
+    columns = torch.zeros(BATCH, ENTITIES, dtype=torch.int64).masked_fill(inputs["entity_attention_mask"] == 0, 99)
+    batch = PackedBatch.from_padded(**inputs, entity_start_positions=columns)
+    assert not batch.entity_start_positions.any()

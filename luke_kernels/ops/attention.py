@@ -139,7 +139,7 @@ def entity_aware_attention_varlen(
         max_words,
         max_entities,
         # Where the values cannot be checked, they may leave rows out.
-        _readable(cu_words) and (cu_entities is None or _readable(cu_entities)),
+        readable(cu_words) and (cu_entities is None or readable(cu_entities)),
         *options,
     )
 
@@ -307,7 +307,7 @@ def described(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Return whether the values may be checked: on the CPU, not being traced, not a fake tensor."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
@@ -356,13 +356,13 @@ def _check_presence(kind: str, tokens: Tensor | None, mask: Tensor | None, lengt
         _check_tensor(f"{kind}_mask", mask, tokens, (batch, length))
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
             raise TypeError(f"{kind}_mask must be bool or integers, 1 where a token exists, got {mask.dtype}")
-        if mask.dtype != torch.bool and _readable(mask) and mask.numel() and not 0 <= mask.min() <= mask.max() <= 1:
+        if mask.dtype != torch.bool and readable(mask) and mask.numel() and not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"{kind}_mask must hold 0 and 1 only, got {mask.min().item()} to {mask.max().item()}")
     if lengths is not None:
         _check_tensor(f"{kind}_lengths", lengths, tokens, (batch,))
         if lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{kind}_lengths must be int32 or int64, got {lengths.dtype}")
-        if _readable(lengths):
+        if readable(lengths):
             for value in lengths.tolist():
                 if not 0 <= value <= length:
                     raise ValueError(f"{kind}_lengths must lie in [0, {length}], got {value}")
@@ -377,7 +377,7 @@ def _check_cumulative(kind: str, tokens: Tensor, cu: Tensor | None, max_length: 
         raise TypeError(f"max_{kind} must be an int, got {described(max_length)}")
     if max_length < 0:
         raise ValueError(f"max_{kind} must not be negative, got {max_length}")
-    if _readable(cu):
+    if readable(cu):
         values = cu.tolist()
         if values[0] != 0 or values[-1] != tokens.shape[0]:
             raise ValueError(f"cu_{kind} must run from 0 to {tokens.shape[0]}, got {values[0]} to {values[-1]}")

@@ -17,8 +17,11 @@ class LukeEncoding(dict[str, Any]):
         sequence_ids: For each row and token, 0 for `text` and its markers, 1 for `text_pair`, None for special tokens
             and padding; None altogether without `return_offsets_mapping`.
 
-    All three have one list a row, also for a single text; in what `pad` returns they are None.
+    All three have one list a row, also for a single text; in what `pad` returns they are None. `pad_token_id` is the
+    tokenizer's: `PackedBatch.from_encodings` counts positions by it.
     """
+
+    pad_token_id: int
 
     entity_span_indices: list[list[int]] | None = None
     dropped_spans: list[list[int]] | None = None

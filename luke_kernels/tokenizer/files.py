@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from luke_kernels.config import read_json
+from luke_kernels.entity_vocab import read_entity_vocab
 from luke_kernels.sources import download
-from luke_kernels.tokenizer.entity_vocab import read_entity_vocab
 
 _WORD_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 _ENTITY_FILES = ("entity_vocab.json", "entity_vocab.tsv", "entity_vocab.jsonl")
@@ -54,10 +54,17 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer = read_byte_level_bpe(folder / "vocab.json", folder / "merges.txt")
         _add_stored_tokens(tokenizer, folder, settings)
     elif (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
     else:
         raise FileNotFoundError(f"name_or_path must hold vocab.json and merges.txt, or tokenizer.json, got {folder}")
     return tokenizer, settings
+
+
+def _read_tokenizer_json(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the only class of error that tokenizers raises
+        raise ValueError(f"{path} must be a tokenizer of the tokenizers library, got: {error}") from None
 
 
 def read_stored_entity_vocab(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -83,8 +90,12 @@ def stored_options(settings: Mapping[str, Any], names: Collection[str]) -> dict[
         if name in names and value is not None:
             options[name] = value["content"] if isinstance(value, dict) else value
     # transformers writes 10**30 for None.
-    if options.get("model_max_length", 0) > 10**20:
+    if type(length := options.get("model_max_length", 0)) is not int:
+        raise TypeError(f"model_max_length must be an int in the stored settings, got {length!r}")
+    if length > 10**20:
         del options["model_max_length"]
+    if str(settings.get("tokenizer_class")).startswith("Bert"):
+        options.setdefault("pair_separators", 1)
     # These tasks force it, and so it says nothing for another task that a caller may ask for.
     if options.get("task") in ("entity_classification", "entity_pair_classification"):
         options.pop("max_entity_length", None)

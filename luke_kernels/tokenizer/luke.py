@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
+from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
 from luke_kernels.tokenizer.encoding import LukeEncoding, constant, pad_columns, to_lists, to_tensors
-from luke_kernels.tokenizer.entity_vocab import check_entity_vocab, read_entity_vocab
 from luke_kernels.tokenizer.files import (
     find_folder,
     read_byte_level_bpe,
@@ -272,7 +272,8 @@ class LukeTokenizer:
             padding_side: Default that of the tokenizer. Padding on the left shifts the start and end positions, which
                 index the row; it does not shift `entity_position_ids`, which as those of words count tokens only.
             return_tensors: `"pt"`, `"np"`, or None for lists.
-            return_token_type_ids: Whether to return token types; all are 0.
+            return_token_type_ids: Whether to return token types: all 0, but 1 for `text_pair` with
+                `pair_separators=1`, as for BERT.
             return_attention_mask: Whether to return masks; default True.
             return_overflowing_tokens: Whether truncation makes windows: rows that together hold the whole text, each
                 with the entities wholly in it. Of a pair the truncated text slides, the other one stays whole.
@@ -353,9 +354,15 @@ class LukeTokenizer:
                 columns["entity_start_positions"] = [[start for start, _ in spans] for spans in mentions]
                 columns["entity_end_positions"] = [[end - 1 for _, end in spans] for spans in mentions]
         if return_token_type_ids:
-            columns["token_type_ids"] = constant(columns["input_ids"], 0)
+            # RoBERTa's pairs, which two separators part, are of one type; BERT's of two.
+            type_of_pair = int(pair and self.pair_separators == 1)
+            columns["token_type_ids"] = [
+                [0] * (frame.before + n + frame.between) + [type_of_pair] * (m + frame.after) for n, m in sizes
+            ]
             if "entity_ids" in columns:
-                columns["entity_token_type_ids"] = constant(columns["entity_ids"], 0)
+                columns["entity_token_type_ids"] = [
+                    [0] * len(row.first.entity_ids) + [type_of_pair] * len(row.second.entity_ids) for row in rows
+                ]
         if return_length:
             columns["length"] = [len(row) for row in columns["input_ids"]]
         if return_overflowing_tokens:
@@ -369,7 +376,12 @@ class LukeTokenizer:
         encoding.entity_span_indices = [row.span_indices for row in rows]
         encoding.dropped_spans = [row.dropped_spans for row in rows]
         encoding.sequence_ids = sequence_ids
+        encoding.pad_token_id = self.pad_token_id
         return encoding
+
+    def encode(self, text: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Return `input_ids` of a call."""
+        return self(text, *args, **kwargs)["input_ids"]
 
     def pad(
         self,
@@ -412,7 +424,9 @@ class LukeTokenizer:
         self._pad(columns, masks, padding, max_length, self.max_entity_length, pad_to_multiple_of, side)
         if single:
             columns = {key: column[0] for key, column in columns.items()}
-        return LukeEncoding(to_tensors(columns, return_tensors or kind, self._inner))
+        encoding = LukeEncoding(to_tensors(columns, return_tensors or kind, self._inner))
+        encoding.pad_token_id = self.pad_token_id
+        return encoding
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of a text, without special tokens around it."""
@@ -438,6 +452,19 @@ class LukeTokenizer:
         if isinstance(ids, int):
             return self._tokenizer.id_to_token(ids)
         return [self._tokenizer.id_to_token(operator.index(index)) for index in ids]
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Return the texts of several rows of ids."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens, markers included."""
+        return self._tokenizer.get_vocab()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens without what was added to the vocabulary, as in transformers; `len` counts all."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def entity_id(self, title: str) -> int:
         """Return the id of an entity, `entity_unk_token_id` of one that is not in the vocabulary."""
