@@ -1,6 +1,7 @@
 """Checkpoints of every origin: what is read, what is made up, what is refused, and what saving leaves behind."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -437,6 +440,41 @@ def test_damaged_archives(tmp_path, temporary, kind, damage):
     with pytest.raises(ValueError, match=r"luke.tar.* must be a whole archive, got: "):
         LukeForMaskedLM.from_pretrained(archive)
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pax", "long name", "after the end", "many members"])
+def test_archives_that_unpack_to_too_much_outside_of_files(tmp_path, temporary, kind):
+    """Extended headers of megabytes, which tarfile reads whole, and for minutes; what follows the last file."""
+    block = tarfile.BLOCKSIZE
+    if kind == "pax":
+        content = b"30000000 hdrcharset=" + b"0" * 30_000_000
+        parts = [member("x", content, type=tarfile.XHDTYPE)[0].tobuf(tarfile.USTAR_FORMAT), content]
+    elif kind == "long name":
+        content = b"a" * 30_000_000
+        parts = [member("x", content, type=tarfile.GNUTYPE_LONGNAME)[0].tobuf(tarfile.USTAR_FORMAT), content]
+    elif kind == "after the end":
+        parts = [bytes(30_000_000)]
+    else:
+        parts = [member(f"{n}")[0].tobuf(tarfile.USTAR_FORMAT) for n in range(60_000)]
+    data = b"".join(parts)
+    archive = tmp_path / "luke.tar.gz"
+    archive.write_bytes(gzip.compress(data + bytes(-len(data) % block + 2 * block)))
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="must unpack to at most 20 times its size"):
+        LukeForMaskedLM.from_pretrained(archive)
+    assert time.process_time() - begin < 5
+    assert not list(temporary.iterdir())
+
+
+def test_members_that_no_checkpoint_has_are_left_out(tmp_path, masked_lm, monkeypatch):
+    directory = original(tmp_path / "m", masked_lm, TITLES)
+    (directory / "notes.txt").write_text("x")
+    opened = []
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path.name) or real_open(path, *a, **k))
+    LukeForMaskedLM.from_pretrained(pack(directory, tmp_path / "luke.tar.gz"))
+    assert "pytorch_model.bin" in opened
+    assert "notes.txt" not in opened
 
 
 # Encoders

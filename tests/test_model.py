@@ -678,3 +678,10 @@ def test_compiles(kind, grad):
         if grad:
             weight = model.get_input_embeddings().weight
             torch.testing.assert_close(*(torch.autograd.grad(o[0].sin().sum(), weight) for o in (results, expected)))
+
+
+def test_positions_counted_from_another_pad_are_refused():
+    """As of a batch packed for RoBERTa that goes to a model started from BERT."""
+    batch = PackedBatch.from_padded(**padded_inputs(), pad_token_id=0)
+    with pytest.raises(ValueError, match=r"pad_token_id of a PackedBatch must be that of the model, 1, .*, got 0"):
+        build(LukeModel)(batch)

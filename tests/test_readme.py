@@ -28,3 +28,16 @@ def test_model():
     namespace = run_examples("docs/model.md", 1)
     assert namespace["logits"].shape == (3, 5)
     assert namespace["padded"].shape == (2, 2, 5)
+
+
+def test_training():
+    namespace = run_examples("docs/training.md", 1)
+    assert namespace["labels"].shape == (6,)
+    assert namespace["loss"].isfinite()
+
+
+def test_tokenizer():
+    namespace = run_examples("docs/tokenizer.md", 2)
+    assert namespace["inputs"]["entity_ids"].shape == (2, 2)
+    assert len(namespace["windows"]["input_ids"]) > 3
+    assert namespace["windows"].dropped_spans[0] == []

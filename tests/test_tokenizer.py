@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from luke_kernels import PackedBatch
 from luke_kernels.tokenizer import BUNDLED, LukeTokenizer, read_entity_vocab
 
 CORPUS = [
@@ -834,3 +835,36 @@ def test_half_a_million_titles(tmp_path, form):
     assert result["titles"] == 500_000
     assert result["mib"] < 150
     assert result["s"] < 1
+
+
+def test_token_types_of_pairs(wordpiece):
+    """RoBERTa has one type, BERT two; of entities too."""
+    arguments = {"text": "Ada met", "text_pair": "Ada", "entity_spans": [(0, 3)], "entity_spans_pair": [(0, 3)]}
+    tokenizer = LukeTokenizer(wordpiece, TITLES, **BERT)
+    encoding = tokenizer(**arguments, return_token_type_ids=True)
+    separator = encoding["input_ids"].index(tokenizer.sep_token_id)
+    length = len(encoding["input_ids"])
+    assert encoding["token_type_ids"] == [0] * (separator + 1) + [1] * (length - separator - 1)
+    assert encoding["entity_token_type_ids"] == [0, 1]
+    assert not any(tokenizer("Ada met", return_token_type_ids=True)["token_type_ids"])
+    roberta = LukeTokenizer(wordpiece, TITLES, **{**BERT, "pair_separators": 2})
+    assert not any(roberta(**arguments, return_token_type_ids=True)["token_type_ids"])
+
+
+def test_packing_takes_the_pad_of_the_tokenizer(wordpiece):
+    tokenizer = LukeTokenizer(wordpiece, TITLES, **BERT)
+    encodings = tokenizer(["Ada met Ada", "Ada"], entity_spans=[[(0, 3)], None])
+    batch = PackedBatch.from_encodings(encodings)
+    first = tokenizer.pad_token_id + 1
+    lengths = [len(ids) for ids in encodings["input_ids"]]
+    assert batch.position_ids.tolist() == [first + rank for length in lengths for rank in range(length)]
+    assert batch.pad_token_id == tokenizer.pad_token_id
+
+
+def test_what_else_transformers_has():
+    tokenizer = LukeTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer.encode("Ada met Charles")
+    assert ids == tokenizer("Ada met Charles")["input_ids"]
+    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == ["Ada met Charles"]
+    assert tokenizer.get_vocab()[tokenizer.mask_token] == tokenizer.mask_token_id
+    assert len(tokenizer) == tokenizer.vocab_size + 2
