@@ -56,10 +56,13 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+# Inputs that span classification alone reads.
+SPANS = ("entity_start_positions", "entity_end_positions")
 # What heads take beside the inputs of LukeModel, all told.
 ARGUMENTS = (
-    *("labels", "entity_labels", "positions", "entity_candidates", "num_choices"),
-    *("start_positions", "end_positions", "entity_start_positions", "entity_end_positions"),
+    *("labels", "entity_labels", "start_positions", "end_positions"),
+    *("positions", "entity_candidates", "num_choices"),
+    *SPANS,
 )
 
 
@@ -67,7 +70,8 @@ class LukeHead(LukePreTrainedModel):
     """A head on `self.luke`: a subclass gives `score`, which turns packed states and labels into its output."""
 
     score: Callable[..., Any]
-    reads_spans = False  # whether entity_start_positions and entity_end_positions are among the inputs
+    reads_spans = False
+    takes: ClassVar[set[str]]  # of ARGUMENTS
 
     def __init__(self, config: LukeConfig, *, pools: bool = False, backend: str = "auto"):
         super().__init__()
@@ -78,22 +82,19 @@ class LukeHead(LukePreTrainedModel):
     def __init_subclass__(cls) -> None:
         """Give the class a `forward` whose signature names what it takes: trainers read labels and columns there."""
         super().__init_subclass__()
-        own = list(inspect.signature(cls.score).parameters.values())[2:]
-        spans = ("entity_start_positions", "entity_end_positions") if cls.reads_spans else ()
-        own += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in spans]
+        if "score" not in vars(cls) or "forward" in vars(cls):
+            return
+        names = [*list(inspect.signature(cls.score).parameters)[2:], *(SPANS if cls.reads_spans else ())]
+        own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         shared = inspect.signature(LukeHead.forward)
         kept = [p for p in shared.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
 
         def forward(self: LukeHead, *args: Any, **kwargs: Any) -> Any:
             return LukeHead.forward(self, *args, **kwargs)
 
         forward.__doc__ = LukeHead.forward.__doc__
-        forward.__signature__ = shared.replace(parameters=[*kept, *keyword_only])  # type: ignore[attr-defined]
-        cls.forward = forward  # type: ignore[method-assign]
-        cls.takes = {p.name for p in own}
-
-    takes: ClassVar[set[str]]
+        forward.__signature__ = shared.replace(parameters=[*kept, *own])  # type: ignore[attr-defined]
+        cls.forward, cls.takes = forward, set(names)  # type: ignore[method-assign]
 
     def forward(
         self,
@@ -139,11 +140,7 @@ class LukeHead(LukePreTrainedModel):
             "entity_token_type_ids": entity_token_type_ids,
             "entity_position_ids": entity_position_ids,
             "inputs_embeds": inputs_embeds,
-            **{
-                name: arguments.pop(name)
-                for name in list(arguments)
-                if name.startswith("entity_") and "positions" in name
-            },
+            **{name: arguments.pop(name) for name in SPANS if name in arguments},
         }
         if not isinstance(input_ids, PackedBatch):
             inputs["input_ids"] = input_ids

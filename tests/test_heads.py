@@ -863,3 +863,14 @@ def test_bad_num_choices(num_choices):
 
 def test_all_heads_are_public():
     assert all(getattr(luke_kernels, cls.__name__) is cls for cls in HEADS)
+
+
+def test_a_subclass_keeps_its_own_forward():
+    class Doubled(LukeForEntityClassification):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs).logits
+
+    model, inputs = make(LukeForEntityClassification), inputs_for(LukeForEntityClassification)
+    doubled = Doubled(model.config).eval().double()
+    doubled.load_state_dict(model.state_dict())
+    assert torch.equal(doubled(**inputs), 2 * model(**inputs).logits)
