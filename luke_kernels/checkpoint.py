@@ -328,7 +328,9 @@ def start_from_encoder(
     for marker in markers:
         if not 0 <= marker < values["vocab_size"]:
             raise ValueError(f"marker_token_ids must lie in [0, {values['vocab_size'] - 1}], got {marker}")
-    pad = values.get("pad_token_id", 0 if model_type == "bert" else 1)
+    pad = values.get("pad_token_id")
+    if pad is None:
+        pad = 0 if model_type == "bert" else 1
     # LUKE counts words from pad + 1 on; BERT from 0.
     shift = pad + 1 if model_type == "bert" else 0
     values = {
