@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ sys.path.append(str(REPOSITORY))
 
 # Seconds a room may take on 2 cores.
 BUDGETS_S = {"model": 250, "triton": 300, "cpu": 180, "op": 400}
-MODEL_FILES = ("model", "heads", "config", "checkpoint", "tokenizer", "packing", "train_bpe", "parity/")
+MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer", "packing", "train_bpe", "parity/")
 
 
 def _room(test: str) -> str:
@@ -94,3 +95,20 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for room, seconds in _seconds_by_room(config).items():
         over = ", OVER ITS BUDGET" if seconds > BUDGETS_S[room] else ""
         terminalreporter.write_line(f"room {room}: {seconds:.0f} s of {BUDGETS_S[room]} s{over}")
+
+
+@pytest.fixture
+def masked_lm():
+    """The weights of a small LukeForMaskedLM, by the names of checkpoints."""
+    from checkpoint_cases import weights_of
+
+    return weights_of(luke_kernels.LukeForMaskedLM)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The only place where temporary files may lie."""
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    return directory
