@@ -606,6 +606,8 @@ def emptied(model: LukePreTrainedModel, _) -> LukePreTrainedModel:
     with torch.device("meta"):
         other = type(model)(copy.deepcopy(model.config)).eval()
     other.to_empty(device="cpu").double()
+    tied = model.config.tie_word_embeddings
+    assert [a == b for a, b in ties(other)] == [tied, True, True]
     other.load_state_dict(model.state_dict())
     return other
 

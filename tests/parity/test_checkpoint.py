@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import checkpoint_cases
 import pytest
 import torch
 from torch import nn
@@ -12,18 +13,8 @@ from luke_kernels.model import LukeModel
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {
-    "vocab_size": 40,
-    "entity_vocab_size": 9,
-    "hidden_size": 16,
-    "entity_emb_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 20,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-}
+# Where transformers' defaults are those of no released model.
+SIZES = {**checkpoint_cases.SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 LABELS = {0: "PER", 1: "LOC", 2: "ORG"}
 NAMES = (
     "LukeModel",
