@@ -12,6 +12,7 @@ from luke_kernels.heads import (
     LukeForSequenceClassification,
     LukeForTokenClassification,
 )
+from luke_kernels.integrations import accelerate, restore
 from luke_kernels.model import LukeModel, LukePreTrainedModel
 from luke_kernels.ops import (
     available_backends,
@@ -41,9 +42,11 @@ __all__ = [
     "PackedBatch",
     "PackedLengths",
     "__version__",
+    "accelerate",
     "available_backends",
     "entity_aware_attention",
     "entity_aware_attention_varlen",
     "explain_backends",
+    "restore",
     "stack_projections",
 ]

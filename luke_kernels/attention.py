@@ -17,6 +17,8 @@ from luke_kernels.ops.backends import check_name
 from luke_kernels.ops.layout import Layout
 from luke_kernels.packing import PackedBatch, PackedLengths
 
+PLAIN_QUERY, WORD_QUERIES, ENTITY_QUERIES = ("query",), ("query", "w2e_query"), ("e2w_query", "e2e_query")
+
 
 class EntityAwareSelfAttention(nn.Module):
     """Self-attention over words and entities, with a query for each pair of kinds.
@@ -141,37 +143,11 @@ class EntityAwareSelfAttention(nn.Module):
 
     def project_words(self, hidden: Tensor) -> Tensor:
         """Project hidden states of words, (..., C) -> (..., 4 or 3, H, D), as `entity_aware_attention` takes them."""
-        return self._project(hidden, ("query", "w2e_query"))
+        return project(self, WORD_QUERIES if self.entity_aware else PLAIN_QUERY, hidden, self.num_heads)
 
     def project_entities(self, hidden: Tensor) -> Tensor:
         """Project hidden states of entities, (..., C) -> (..., 4 or 3, H, D)."""
-        return self._project(hidden, ("e2w_query", "e2e_query"))
-
-    def _project(self, hidden: Tensor, queries: tuple[str, ...]) -> Tensor:
-        if not self.entity_aware:
-            queries = ("query",)
-        linears: list[nn.Linear] = [getattr(self, name) for name in (*queries, "key", "value")]
-        if not _fusable(linears):
-            stacked = torch.stack([linear(hidden) for linear in linears], dim=-2)
-        elif hidden.dtype != linears[0].weight.dtype and not _autocast_is_on(hidden):
-            raise TypeError(
-                f"hidden states must have the dtype of the weights, {linears[0].weight.dtype}, got {hidden.dtype}"
-            )
-        elif hidden.device != linears[0].weight.device:
-            raise ValueError(
-                f"hidden states must be on the device of the weights, {linears[0].weight.device}, got {hidden.device}"
-            )
-        elif _writes_in_place(hidden):
-            # As fast on the CPU as one product with all weights, without copying them together first.
-            stacked = hidden.new_empty(*hidden.shape[:-1], len(linears), self.hidden_size)
-            tokens, slots = hidden.flatten(0, -2), stacked.flatten(0, -3)
-            for slot, linear in enumerate(linears):
-                torch.addmm(linear.bias, tokens, linear.weight.t(), out=slots[:, slot])
-        else:
-            weight = torch.cat([linear.weight for linear in linears])
-            bias = torch.cat([linear.bias for linear in linears])
-            stacked = F.linear(hidden, weight, bias)
-        return stacked.view(*hidden.shape[:-1], len(linears), self.num_heads, self.hidden_size // self.num_heads)
+        return project(self, ENTITY_QUERIES if self.entity_aware else PLAIN_QUERY, hidden, self.num_heads)
 
     def extra_repr(self) -> str:
         return (
@@ -209,10 +185,44 @@ class PackedSelfAttention(EntityAwareSelfAttention):
         return torch.cat(contexts).flatten(-2), probs
 
     def _project_joint(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
-        if hidden.shape[0] == num_words:
-            return self._project(hidden, ("query",)), None
-        word_hidden, entity_hidden = hidden.split([num_words, hidden.shape[0] - num_words])
-        return self.project_words(word_hidden), self.project_entities(entity_hidden)
+        return project_joint(self, hidden, num_words, self.num_heads, self.entity_aware)
+
+
+def project_joint(
+    module: nn.Module, hidden: Tensor, num_words: int, num_heads: int, entity_aware: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Project the words and the entities of one buffer (Tw + Te, C), each with its queries."""
+    if hidden.shape[0] == num_words:
+        return project(module, PLAIN_QUERY, hidden, num_heads), None
+    word_hidden, entity_hidden = hidden.split([num_words, hidden.shape[0] - num_words])
+    queries = (WORD_QUERIES, ENTITY_QUERIES) if entity_aware else (PLAIN_QUERY, PLAIN_QUERY)
+    return project(module, queries[0], word_hidden, num_heads), project(module, queries[1], entity_hidden, num_heads)
+
+
+def project(module: nn.Module, queries: tuple[str, ...], hidden: Tensor, num_heads: int) -> Tensor:
+    """Project by linear layers of `module`: its `queries`, its `key` and `value`, (..., C) -> (..., 4 or 3, H, D)."""
+    linears: list[nn.Linear] = [getattr(module, name) for name in (*queries, "key", "value")]
+    if not _fusable(linears):
+        stacked = torch.stack([linear(hidden) for linear in linears], dim=-2)
+    elif hidden.dtype != linears[0].weight.dtype and not _autocast_is_on(hidden):
+        raise TypeError(
+            f"hidden states must have the dtype of the weights, {linears[0].weight.dtype}, got {hidden.dtype}"
+        )
+    elif hidden.device != linears[0].weight.device:
+        raise ValueError(
+            f"hidden states must be on the device of the weights, {linears[0].weight.device}, got {hidden.device}"
+        )
+    elif _writes_in_place(hidden):
+        # As fast on the CPU as one product with all weights, without copying them together first.
+        stacked = hidden.new_empty(*hidden.shape[:-1], len(linears), hidden.shape[-1])
+        tokens, slots = hidden.flatten(0, -2), stacked.flatten(0, -3)
+        for slot, linear in enumerate(linears):
+            torch.addmm(linear.bias, tokens, linear.weight.t(), out=slots[:, slot])
+    else:
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+        stacked = F.linear(hidden, weight, bias)
+    return stacked.view(*hidden.shape[:-1], len(linears), num_heads, hidden.shape[-1] // num_heads)
 
 
 def _merge_heads(words: Tensor, entities: Tensor | None) -> tuple[Tensor, Tensor | None]:

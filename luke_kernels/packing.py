@@ -333,11 +333,11 @@ class PackedBatch:
 
     def pad_words(self, packed: Tensor, fill: float = 0) -> Tensor:
         """Put what is packed back where it was in the padded batch: (Tw, ...) -> (B, W, ...), `fill` in the pads."""
-        return _pad(packed, self.word_rows, self.batch_size, self.padded_words, fill)
+        return pad(packed, self.word_rows, self.batch_size, self.padded_words, fill)
 
     def pad_entities(self, packed: Tensor, fill: float = 0) -> Tensor:
         """Put what is packed back: (Te, ...) -> (B, E, ...)."""
-        return _pad(packed, self.entity_rows, self.batch_size, self.padded_entities, fill)
+        return pad(packed, self.entity_rows, self.batch_size, self.padded_entities, fill)
 
     def sequence_of_entity(self) -> Tensor:
         """Return which sequence each entity belongs to, int64 (Te,)."""
@@ -396,7 +396,8 @@ def _each_tensor(packed: Packed, change: Callable[[Any], Any]) -> Packed:
     return dataclasses.replace(packed, **changed)
 
 
-def _pad(packed: Tensor, rows: Tensor, batch_size: int, length: int, fill: float) -> Tensor:
+def pad(packed: Tensor, rows: Tensor, batch_size: int, length: int, fill: float = 0) -> Tensor:
+    """Put each row of `packed` at its row of a padded batch (B * length, ...), `fill` elsewhere: (B, length, ...)."""
     padded = packed.new_full((batch_size * length, *packed.shape[1:]), fill)
     return padded.index_copy(0, rows, packed).unflatten(0, (batch_size, length))
 
