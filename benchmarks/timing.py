@@ -1,15 +1,15 @@
 """Time, memory and the peak of the machine."""
 
-import ctypes
 import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from luke_kernels.memory import peak_memory_bytes as peak_memory_bytes
 
 Call = Callable[[], Any]
 WARM_UP = 2
@@ -82,35 +82,6 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     """Return median_ms, p20_ms and p80_ms."""
     values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     return dict(zip(("median_ms", "p20_ms", "p80_ms"), values.tolist(), strict=True))
-
-
-def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
-    """Return by how much memory grows at most during a call, its results included.
-
-    On a GPU what torch's allocator holds; on Linux the resident set of the process (pages, so small calls come out as
-    0 or some hundred KiB; buffers that a library keeps between calls count as there before); elsewhere None.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # Free memory that malloc kept would be reused without growth.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM (man 5 proc)
-    except (OSError, AttributeError):
-        return None
-    call()
-    return max(_status_bytes("VmHWM") - before, 0)
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure_peak(dtype: torch.dtype, device: torch.device) -> float:

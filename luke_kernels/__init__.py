@@ -2,6 +2,7 @@
 
 from luke_kernels.attention import EntityAwareSelfAttention
 from luke_kernels.config import LukeConfig
+from luke_kernels.encode import TextVectors, encode
 from luke_kernels.heads import (
     LukeForEntityClassification,
     LukeForEntityPairClassification,
@@ -41,9 +42,11 @@ __all__ = [
     "LukeTokenizer",
     "PackedBatch",
     "PackedLengths",
+    "TextVectors",
     "__version__",
     "accelerate",
     "available_backends",
+    "encode",
     "entity_aware_attention",
     "entity_aware_attention_varlen",
     "explain_backends",

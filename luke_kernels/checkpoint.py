@@ -41,6 +41,11 @@ RENAMES = (
 IGNORED = re.compile(r"\.position_ids$|^cls_entity_predictions\.|^cls\.seq_relationship\.")
 ENTITY_PARTS = re.compile(r"^(luke\.entity_embeddings|entity_predictions)\.")
 HEADS = re.compile(r"^(lm_head|entity_predictions|classifier|qa_outputs)\.|^luke\.pooler\.")
+CLASSIFIERS = ("classifier.", "qa_outputs.")
+QUERIES = re.compile(r"\.(w2e|e2w|e2e)(_query\.(?:weight|bias))$")
+ENTITY_SETTINGS = ("entity_vocab_size", "entity_emb_size", "use_entity_aware_attention")
+# The encoders that LUKE starts from, by their config's model_type.
+ENCODERS = ("roberta", "xlm-roberta", "bert")
 
 WORDS = "luke.embeddings.word_embeddings.weight"
 WORD_POSITIONS = "luke.embeddings.position_embeddings.weight"
@@ -49,9 +54,18 @@ ENTITY_POSITIONS = "luke.entity_embeddings.position_embeddings.weight"
 WORD_DECODER = "lm_head.decoder.weight"
 ENTITY_DECODER = "entity_predictions.decoder.weight"
 ENTITY_BIAS = "entity_predictions.bias"
+# What has a row for each word.
+WORD_ROWS = (WORDS, WORD_DECODER, "lm_head.bias", "lm_head.decoder.bias")
 # "@" and "#" in RoBERTa's vocabulary, which archives of the original repository do not hold.
 ROBERTA_MARKERS = (1039, 10431)
 SAVED_WEIGHTS = re.compile(r"model(-[0-9a-f]{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def kind_of(source: Source) -> str:
+    """Return what a checkpoint is of: "original", "encoder", or "luke", which is ours and transformers'."""
+    if _is_original(source):
+        return "original"
+    return "encoder" if read_json(source.directory / "config.json").get("model_type") in ENCODERS else "luke"
 
 
 def read_config(source: Source, changes: dict[str, Any]) -> LukeConfig:
@@ -80,6 +94,8 @@ def read_tensors(source: Source) -> Tensors:
         if rename(name) in tensors:
             raise ValueError(f"{source.name} must hold each tensor once, got {rename(name)} twice")
         tensors[rename(name)] = stored
+    if "lm_head.bias" not in tensors and "lm_head.decoder.bias" in tensors:
+        tensors["lm_head.bias"] = tensors["lm_head.decoder.bias"]
     if not _is_original(source):
         return tensors
     values = _original_config(source)
@@ -150,7 +166,8 @@ def load(
     Args:
         name: What errors call the checkpoint.
         stored: Its tensors.
-        entities_are_new: Whether it comes from an encoder without entities: what it lacks of them is drawn.
+        entities_are_new: Whether it comes from an encoder without entities: what it lacks of them is drawn, and its
+            classifier, which is of another task, left.
 
     Raises:
         ValueError: tensors are missing or of other shapes; one message names them all. Or one holds no floats.
@@ -158,16 +175,14 @@ def load(
     if not hasattr(model, "luke"):
         stored = {name.removeprefix("luke."): tensor for name, tensor in stored.items()}
     stored = {name: tensor for name, tensor in stored.items() if not IGNORED.search(name)}
+    if entities_are_new:
+        stored = {name: t for name, t in stored.items() if not name.startswith(CLASSIFIERS)}
     _untie_if_different(model, stored)
     wanted = dict(model.named_parameters())
     aliases = dict(model.named_parameters(remove_duplicate=False))
-    if "lm_head.bias" in wanted and "lm_head.bias" not in stored and "lm_head.decoder.bias" in stored:
-        stored["lm_head.bias"] = stored["lm_head.decoder.bias"]
     for key in wanted:
-        if key not in stored and (match := re.fullmatch(r"(.*\.)(?:w2e|e2w|e2e)(_query\..*)", key)):
-            query = match[1] + match[2].removeprefix("_")
-            if query in stored:
-                stored[key] = stored[query]
+        if key not in stored and (query := query_of(key)) in stored:
+            stored[key] = stored[query]
 
     fresh = {key for key in wanted if key not in stored and _may_be_new(key, entities_are_new)}
     problems = {
@@ -213,13 +228,31 @@ def _taken(name: str, key: str, stored: Stored, device: torch.device | str, dtyp
     return tensor.to(device, dtype or tensor.dtype).contiguous()
 
 
+def query_of(name: str) -> str | None:
+    """Return the name of the query that an extra query is a copy of at first; None of another weight."""
+    match = QUERIES.search(name)
+    return name[: match.start() + 1] + match[2].removeprefix("_") if match else None
+
+
+def has_head_of(model: "LukePreTrainedModel", stored: Tensors, entities_are_new: bool) -> bool:
+    """Return whether `load` would draw nothing of a model's head, and no pooler."""
+    drawn = {rename(name) for name, _ in model.named_parameters()} - stored.keys() - {WORD_DECODER}
+    return not any(HEADS.search(name) and not (entities_are_new and ENTITY_PARTS.search(name)) for name in drawn)
+
+
+def without_place(model: "LukePreTrainedModel", stored: Tensors) -> list[str]:
+    """Return the weights of a checkpoint that a model has no place for."""
+    places = {rename(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [name for name in stored if name not in places and not name.endswith(".position_ids")]
+
+
 def without_other_labels(model: "LukePreTrainedModel", stored: Tensors) -> Tensors:
     """Leave out a classifier of another number of labels than was asked for."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return {
         name: tensor
         for name, tensor in stored.items()
-        if not name.startswith(("classifier.", "qa_outputs.")) or tensor.shape == shapes.get(name)
+        if not name.startswith(CLASSIFIERS) or tensor.shape == shapes.get(name)
     }
 
 
@@ -259,7 +292,19 @@ def _equal(a: Stored | None, b: Stored | None) -> bool:
 
 
 def save(model: "LukePreTrainedModel", directory: str | Path, max_shard_size: int | str) -> None:
-    """Write config and weights aside, then move them into place."""
+    """Write a model for us and for transformers."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if hasattr(model, "lm_head"):
+        # transformers 5 does not tie the word decoder: without a copy of its own it would be random there.
+        for alias in (WORD_DECODER, "lm_head.decoder.bias"):
+            state[alias] = model.get_parameter(alias).detach().clone()
+        if not model.config.tie_word_embeddings:
+            state[ENTITY_DECODER] = model.get_parameter(ENTITY_DECODER).detach().clone()
+    write(state, _config_of(model), directory, max_shard_size)
+
+
+def write(state: dict[str, Tensor], config: dict[str, Any], directory: str | Path, max_shard_size: int | str) -> None:
+    """Write config.json and tensors as safetensors aside, then move them into place."""
     from huggingface_hub import save_torch_state_dict
 
     directory = Path(directory)
@@ -270,20 +315,6 @@ def save(model: "LukePreTrainedModel", directory: str | Path, max_shard_size: in
         or (isinstance(max_shard_size, str) and re.fullmatch(r"[1-9]\d*([KMGT]B)?", max_shard_size))
     ):
         raise ValueError(f"max_shard_size must be a number of bytes or like 5GB, got {max_shard_size!r}")
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if hasattr(model, "lm_head"):
-        # transformers 5 does not tie the word decoder: without a copy of its own it would be random there.
-        for alias in (WORD_DECODER, "lm_head.decoder.bias"):
-            state[alias] = model.get_parameter(alias).detach().clone()
-        if not model.config.tie_word_embeddings:
-            state[ENTITY_DECODER] = model.get_parameter(ENTITY_DECODER).detach().clone()
-    config = {
-        **model.config.to_dict(),
-        "architectures": [type(model).__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    for key in ("torch_dtype", "auto_map"):  # the dtype as transformers 4 called it; code that is not ours
-        config.pop(key, None)
     # Beside where they go, so that moving them is renaming; what fails before leaves nothing.
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=existing) as aside:
@@ -309,6 +340,80 @@ def save(model: "LukePreTrainedModel", directory: str | Path, max_shard_size: in
             path.unlink()
 
 
+def _config_of(model: "LukePreTrainedModel") -> dict[str, Any]:
+    config = {
+        **model.config.to_dict(),
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    for key in ("torch_dtype", "auto_map"):  # the dtype as transformers 4 called it; code that is not ours
+        config.pop(key, None)
+    return config
+
+
+def as_original(model: "LukePreTrainedModel") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and config as the original repository has them; what `read_tensors` makes up is left out.
+
+    Raises:
+        ValueError: the words are not RoBERTa's: the original repository would count their positions otherwise.
+    """
+    values = _config_of(model)
+    encoder = values.setdefault("bert_model_name", "roberta" if model.config.pad_token_id == 1 else "bert")
+    if "roberta" not in str(encoder):
+        raise ValueError(
+            f"to must be luke or encoder for a LUKE whose words are no RoBERTa's, got original of {encoder}"
+        )
+    state = _named(model)
+    queries = {name: query for name in state if (query := query_of(name)) is not None}
+    if all(torch.equal(state[name], state[query]) for name, query in queries.items()):
+        state = {name: tensor for name, tensor in state.items() if name not in queries}
+    fewer = {**values, "vocab_size": values["vocab_size"] - 2}
+    words = [name for name in WORD_ROWS if name in state]
+    if _lacks_markers(fewer) and all(torch.equal(state[n][-2:], state[n][list(ROBERTA_MARKERS)]) for n in words):
+        values = fewer
+        state = _without_markers(state)
+    return {name.removeprefix("luke."): tensor for name, tensor in state.items()}, values
+
+
+def as_encoder(model: "LukePreTrainedModel", has_markers: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and config of a model's word encoder, as RoBERTa's in transformers.
+
+    That counts positions from the pad on as LUKE does, and so serves one that started from BERT as well.
+
+    Args:
+        has_markers: Whether the last two words are `<ent>` and `<ent2>`, which are left out.
+    """
+    head = "ForMaskedLM" if hasattr(model, "lm_head") else "Model"
+    left = {*model.config.extra, *ENTITY_SETTINGS} - {"architectures", "dtype"}
+    values = {key: value for key, value in _config_of(model).items() if key not in left}
+    values |= {"architectures": [f"Roberta{head}"], "model_type": "roberta"}
+    state = {n: t for n, t in _named(model).items() if not (ENTITY_PARTS.search(n) or QUERIES.search(n))}
+    if model.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.decoder.")}
+    if classifier := [name for name in state if name.startswith(CLASSIFIERS)]:
+        warnings.warn(f"Roberta{head}: weights {_listed({'left out': classifier})}", stacklevel=3)
+        state = {name: tensor for name, tensor in state.items() if name not in classifier}
+    if has_markers:
+        values["vocab_size"] -= 2
+        state = _without_markers(state)
+    if "lm_head.decoder.bias" in state:  # which transformers 5 does not tie where words are not tied
+        state["lm_head.decoder.bias"] = state["lm_head.decoder.bias"].clone()
+    prefix = "roberta." if head == "ForMaskedLM" else ""
+    return {re.sub(r"^luke\.", prefix, name): tensor for name, tensor in state.items()}, values
+
+
+def _without_markers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the last two words, of tables that are one once."""
+    tables = {name: state[name] for name in WORD_ROWS if name in state}
+    cut = {table.data_ptr(): table[:-2].clone() for table in tables.values()}
+    return state | {name: cut[table.data_ptr()] for name, table in tables.items()}
+
+
+def _named(model: "LukePreTrainedModel") -> dict[str, Tensor]:
+    """Return the tensors of a model with a head or without, by their names in one with a head; tied ones twice."""
+    return {rename(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def start_from_encoder(
     source: Source, marker_token_ids: tuple[int, int] | None, entity_vocab_size: int, changes: dict[str, Any]
 ) -> tuple[LukeConfig, Tensors]:
@@ -316,7 +421,7 @@ def start_from_encoder(
     path = source.directory / "config.json"
     values = read_json(path)
     model_type = values.get("model_type")
-    if model_type not in ("roberta", "xlm-roberta", "bert"):
+    if model_type not in ENCODERS:
         raise ValueError(f"{source.name} must be a roberta, xlm-roberta or bert encoder, got model_type {model_type!r}")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(
@@ -341,12 +446,11 @@ def start_from_encoder(
         "pad_token_id": pad,
         "vocab_size": values["vocab_size"] + 2,
         "entity_vocab_size": entity_vocab_size,
+        # As LUKE's configs name their encoder; a folder says nothing elsewhere.
+        "bert_model_name": model_type if Path(source.name).exists() else source.name,
         "max_position_embeddings": values["max_position_embeddings"] + shift,
     }
-
-    # A classifier of the encoder's is of another task.
-    tensors = {key: t for key, t in read_tensors(source).items() if not key.startswith(("classifier.", "qa_outputs."))}
-    tensors = with_markers(tensors, markers)
+    tensors = with_markers(read_tensors(source), markers)
     if (positions := tensors.get(WORD_POSITIONS)) is not None:
         tensors[WORD_POSITIONS] = _shifted(positions, shift)
         # Entities are placed by the rank of their words, from 0 on.
@@ -357,7 +461,7 @@ def start_from_encoder(
 def with_markers(tensors: Tensors, markers: tuple[int, int]) -> Tensors:
     """Append the rows of `<ent>` and `<ent2>` to the word table and what has its rows."""
     tensors = dict(tensors)
-    for name in (WORDS, WORD_DECODER, "lm_head.bias", "lm_head.decoder.bias"):
+    for name in WORD_ROWS:
         if name in tensors:
             for marker in markers:
                 tensors[name] = _with_row(tensors[name], tensors[name].shape[0], marker)

@@ -1,7 +1,7 @@
 """The command line: each command parses its arguments and calls one function."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,19 +39,96 @@ def doctor() -> None:
 
 
 @app.command()
-def demo() -> None:
-    """Run the op on sentences that come with the package: each backend, its error and its time."""
+def demo(
+    model: Annotated[str | None, typer.Option(help="A checkpoint of LUKE, on disk or on the hub.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Run LUKE on sentences that come with the package: transformers' and ours, their time, their nearest entities."""
     from luke_kernels.demo import run
 
-    run(Console())
+    if not run(Console(), model, device):
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory, archive or hub id: LUKE of any origin, RoBERTa or BERT.")],
+    output: Annotated[str, typer.Argument(help="Directory, new or empty; of an original also a .tar.gz.")],
+    to: Annotated[str, typer.Option(help="luke (ours and transformers'), original, or encoder (as RoBERTa).")] = "luke",
+    entity_vocab: Annotated[str | None, typer.Option(help=".json, .jsonl or .tsv, for RoBERTa and BERT.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else as stored.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Convert a checkpoint, and its tokenizer, to LUKE, to the original repository's LUKE, or to its word encoder."""
+    import torch
+
+    from luke_kernels.convert import convert
+
+    chosen: Any = None if dtype is None else getattr(torch, dtype, dtype)
+    conversion = convert(
+        source,
+        output,
+        to=to,
+        entity_vocab=entity_vocab,
+        dtype=chosen,
+        max_shard_size=max_shard_size,
+        revision=revision,
+    )
+    Console().print(str(conversion), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def encode(
+    texts: Annotated[
+        str, typer.Argument(help='JSON lines {"text", "entity_spans", "entities", "id"}, all but text optional; or -.')
+    ],
+    output: Annotated[str, typer.Argument(help="A .jsonl file, or a directory of safetensors.")],
+    model: Annotated[str, typer.Option(help="A checkpoint of LUKE, on disk or on the hub.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Its tokenizer, where it lies elsewhere.")] = None,
+    layer: Annotated[int, typer.Option(help="Whose output: 0 for the embeddings, -1 for the last.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Words and entities of a batch.")] = 8192,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else as stored.")] = None,
+    truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts longer than the model takes.")] = False,
+    shard_size: Annotated[int, typer.Option(help="Texts of a file of safetensors.")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")] = False,
+) -> None:
+    """Encode texts: the vectors of their words and entities."""
+    import torch
+
+    from luke_kernels.vector_files import encode_file
+
+    chosen: Any = None if dtype is None else getattr(torch, dtype, dtype)
+    try:
+        encode_file(
+            texts,
+            output,
+            model,
+            tokenizer,
+            layer=layer,
+            max_tokens=max_tokens,
+            device=device,
+            dtype=chosen,
+            truncation=truncation,
+            shard_size=shard_size,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
-    """Run the command line; errors go to stderr as one line, with exit code 2."""
+    """Run the command line; an error goes to stderr as `error: ...`, with exit code 2.
+
+    With --debug, before or behind the command, it is raised.
+    """
+    arguments = sys.argv[1:]
     try:
-        app()
+        app([argument for argument in arguments if argument != "--debug"])
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
-        if "--debug" in sys.argv:
+        if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

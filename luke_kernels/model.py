@@ -513,9 +513,13 @@ class LukeModel(LukePreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         rows_to_compute: Tensor | None = None,
+        num_layers: int | None = None,
         **inputs: Tensor | None,
     ) -> Encoded:
-        """Encode a batch for a head: the inputs of `PackedBatch.from_padded`, or a packed batch; packed states out."""
+        """Encode a batch for a head: the inputs of `PackedBatch.from_padded`, or a packed batch; packed states out.
+
+        Only the first `num_layers` run, 0 for the embeddings; None: all.
+        """
         if isinstance(input_ids, PackedBatch):
             batch, is_packed = input_ids, True
             for name, value in inputs.items():
@@ -545,9 +549,10 @@ class LukeModel(LukePreTrainedModel):
             return torch.cat([encoded.take_words(words), encoded.take_entities(entities)])
 
         hidden = keep(hidden)
-        layers: Any = self.encoder["layer"]
+        all_layers: Any = self.encoder["layer"]
+        layers = list(all_layers)[:num_layers]
         for number, layer in enumerate(layers, 1):
-            rows = rows_to_compute if number == self.config.num_hidden_layers else None
+            rows = rows_to_compute if number == len(layers) else None
             if output_attentions:
                 context, probabilities = layer.attention["self"].with_probabilities(hidden, batch)
                 hidden = layer.after_attention(hidden, context, rows)

@@ -1,12 +1,16 @@
-"""The command line: what doctor and demo print, and how errors look."""
+"""The command line: what doctor prints, and how errors look."""
 
+import inspect
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from luke_kernels import __version__, cli, demo, selfcheck
+from luke_kernels import __version__, cli, demo, selfcheck, vector_files
+from luke_kernels.vector_files import encode_file
 
 RUNNER = CliRunner()
 
@@ -55,32 +59,109 @@ def test_a_nan_does_not_pass():
     assert not selfcheck.Check("cpu", torch.float32, float("nan"), 1e-6, 0.1).passed
 
 
-def test_demo():
-    result = RUNNER.invoke(cli.app, ["demo"], env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "20 sentences, 287 words, 64 entities" in result.output
-    for backend in ("reference", "sdpa", "cpu"):
-        assert f"{backend} " in result.output
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `main`: exit code and what stands on stderr; a command given fails with an error given."""
+
+    def call(*arguments, error=None):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr(demo, "run", fail)
+        monkeypatch.setattr(sys, "argv", ["luke-kernels", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, capsys.readouterr().err
+
+    return call
 
 
-def test_spans_of_the_sentences_are_mentions():
-    for sentence in demo.sentences():
-        for entity in sentence["entities"]:
-            mention = sentence["text"][entity["start"] : entity["end"]]
-            assert mention == mention.strip() != ""
-            assert sentence["text"][: entity["start"]] == "" or not sentence["text"][entity["start"] - 1].isalnum()
+@pytest.mark.parametrize("kind", [ValueError, TypeError, NotImplementedError, RuntimeError, OSError])
+def test_errors_have_no_traceback_and_code_2(run, kind):
+    assert run("demo", error=kind("batch must be positive, got 0")) == (2, "error: batch must be positive, got 0\n")
+    assert run("demo", error=kind("one\ntwo")) == (2, "error: one\ntwo\n")
 
 
-def test_errors_are_one_line_and_code_2(monkeypatch, capsys):
-    def fail(console):
-        raise ValueError("batch must be positive, got 0")
+@pytest.mark.parametrize("arguments", [["--debug", "demo"], ["demo", "--debug"]])
+def test_debug_shows_the_traceback(run, arguments):
+    with pytest.raises(ValueError, match="batch"):
+        run(*arguments, error=ValueError("batch"))
 
-    monkeypatch.setattr(demo, "run", fail)
-    monkeypatch.setattr(sys, "argv", ["luke-kernels", "demo"])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: batch must be positive, got 0\n"
-    monkeypatch.setattr(sys, "argv", ["luke-kernels", "--debug", "demo"])
-    with pytest.raises(ValueError):
-        cli.main()
+
+def test_a_bug_shows_its_traceback(run):
+    with pytest.raises(KeyError):
+        run("demo", error=KeyError("batch"))
+
+
+def test_ctrl_c(run):
+    assert run("demo", error=KeyboardInterrupt()) == (130, "")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["demo", "--nothing"], ["encode", "texts.jsonl"]])
+def test_usage_errors(run, arguments):
+    code, message = run(*arguments)
+    assert code == 2
+    assert "Usage:" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("command", ["--version", "doctor"])
+def test_a_broken_pipe_is_quiet(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        command = [sys.executable, "-m", "luke_kernels.cli", command]
+        result = subprocess.run(
+            command, stdout=pipe, stderr=subprocess.PIPE, env={**os.environ, "TRITON_INTERPRET": ""}
+        )
+    assert result.stderr == b""
+
+
+def test_encode(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(vector_files, "encode_file", lambda *texts, **options: calls.append((texts, options)))
+    assert run("encode", "texts.jsonl", "vectors", "--model", "luke") == (0, "")
+    assert run(
+        *["encode", "-", "vectors.jsonl", "--model", "luke", "--tokenizer", "roberta", "--layer", "-2"],
+        *[
+            "--max-tokens",
+            "9",
+            "--device",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+            "--truncation",
+            "--shard-size",
+            "7",
+            "--resume",
+        ],
+    ) == (0, "")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(encode_file).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    }
+    assert calls == [
+        (("texts.jsonl", "vectors", "luke", None), defaults),
+        (
+            ("-", "vectors.jsonl", "luke", "roberta"),
+            {
+                "layer": -2,
+                "max_tokens": 9,
+                "device": "cpu",
+                "dtype": torch.bfloat16,
+                "truncation": True,
+                "shard_size": 7,
+                "resume": True,
+            },
+        ),
+    ]
+
+
+def test_encode_interrupted(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vector_files, "encode_file", interrupted)
+    message = "interrupted; the same command with --resume goes on\n"
+    assert run("encode", "texts.jsonl", "vectors", "--model", "luke") == (130, message)

@@ -8,17 +8,26 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from luke_kernels.config import read_json
 from luke_kernels.entity_vocab import read_entity_vocab
 from luke_kernels.sources import download
 
-_WORD_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+_WORD_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "vocab.txt")
 _ENTITY_FILES = ("entity_vocab.json", "entity_vocab.tsv", "entity_vocab.jsonl")
 _CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 _ADDED_FILE = "added_tokens.json"
 _SENTENCEPIECE_FILES = ("sentencepiece.bpe.model", "sentencepiece.model", "spiece.model")
+# What BERT's files leave out.
+_BERT_SETTINGS = {
+    "tokenizer_class": "BertTokenizer",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
 
 
 def find_folder(name_or_path: str | Path, **hub: Any) -> Path:
@@ -32,6 +41,19 @@ def find_folder(name_or_path: str | Path, **hub: Any) -> Path:
     return download(str(name_or_path), (*_WORD_FILES, *_ENTITY_FILES, *_CONFIG_FILES, _ADDED_FILE), **hub)
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings as the files of a folder have them.
+
+    Raises:
+        ValueError: a file holds no JSON object.
+    """
+    settings: dict[str, Any] = {}
+    for path in (folder / name for name in _CONFIG_FILES):
+        if path.exists():
+            settings |= read_json(path)
+    return settings
+
+
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """Read the tokenizer of words and what is stored with it.
 
@@ -42,10 +64,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         FileNotFoundError, ValueError: a file is missing or malformed.
         NotImplementedError: the tokenizer is mLUKE's.
     """
-    settings: dict[str, Any] = {}
-    for path in (folder / name for name in _CONFIG_FILES):
-        if path.exists():
-            settings |= read_json(path)
+    settings = read_settings(folder)
     if settings.get("tokenizer_class") == "MLukeTokenizer" or any((folder / n).exists() for n in _SENTENCEPIECE_FILES):
         raise NotImplementedError(
             f"name_or_path must hold a LUKE tokenizer: mLUKE's, of sentencepiece, is not supported yet, got {folder}"
@@ -53,11 +72,33 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         tokenizer = read_byte_level_bpe(folder / "vocab.json", folder / "merges.txt")
         _add_stored_tokens(tokenizer, folder, settings)
-    elif (folder / "tokenizer.json").exists():
+        return tokenizer, settings
+    if (folder / "vocab.txt").exists():
+        settings = {**_BERT_SETTINGS, **settings}
+    if (folder / "tokenizer.json").exists():
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
+    elif (folder / "vocab.txt").exists():
+        tokenizer = _read_word_piece(folder / "vocab.txt", settings)
+        _add_stored_tokens(tokenizer, folder, settings)
     else:
-        raise FileNotFoundError(f"name_or_path must hold vocab.json and merges.txt, or tokenizer.json, got {folder}")
+        raise FileNotFoundError(
+            f"name_or_path must hold vocab.json and merges.txt, or tokenizer.json, or vocab.txt, got {folder}"
+        )
     return tokenizer, settings
+
+
+def _read_word_piece(vocab: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """Read BERT's WordPiece, lower-cased unless the settings say otherwise."""
+    with vocab.open(encoding="utf-8", newline="\n") as file:
+        ids = {line.rstrip("\r\n"): index for index, line in enumerate(file)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=stored_options(settings, ("unk_token",))["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return tokenizer
 
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
@@ -151,6 +192,18 @@ def write_tokenizer(
     for file in {*_WORD_FILES, *_CONFIG_FILES, _ADDED_FILE}.difference(written):
         with contextlib.suppress(FileNotFoundError):
             (folder / file).unlink()
+
+
+def write_words(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Write a tokenizer of words alone and its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", settings, indent=2)
+
+
+def write_entity_vocab(folder: Path, entities: dict[str, int]) -> None:
+    """Write an entity vocabulary, for a tokenizer whose words are not there yet."""
+    _write_json(folder / "entity_vocab.json", entities)
 
 
 def _is_roberta(state: Mapping[str, Any]) -> bool:

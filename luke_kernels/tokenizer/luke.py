@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
 from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
 from luke_kernels.tokenizer.encoding import LukeEncoding, constant, pad_columns, to_lists, to_tensors
@@ -22,6 +22,7 @@ from luke_kernels.tokenizer.files import (
     read_tokenizer,
     stored_options,
     write_tokenizer,
+    write_words,
 )
 from luke_kernels.tokenizer.mentions import NO_WORDS, Frame, Row, Span, Words, cut, make_rows, mark
 
@@ -206,10 +207,7 @@ class LukeTokenizer:
         LukeTokenizer of transformers does not read. Files are written aside and renamed; those of another tokenizer in
         the folder are removed.
         """
-        state = json.loads(self._tokenizer.to_str())
-        specials = {getattr(self, name) for name in _WORD_SPECIALS}
-        for token in state["added_tokens"]:
-            token["special"] |= token["content"] in specials or token["content"] in self.special_tokens_in_text
+        state = self._state()
         settings = {
             "tokenizer_class": "LukeTokenizer",
             **{name: getattr(self, name) for name in _OPTIONS if getattr(self, name) not in (None, ())},
@@ -220,6 +218,42 @@ class LukeTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         write_tokenizer(Path(folder), self._tokenizer, state, settings, self.entity_vocab)
+
+    def save_words(self, folder: str | Path) -> None:
+        """Save the tokenizer of words alone, without markers behind them, for AutoTokenizer of transformers."""
+        state = self._state()
+        added, markers = state["added_tokens"], (self.entity_token_1, self.entity_token_2)
+        while added and added[-1]["content"] in markers:
+            del added[-1]
+        if (state["pre_tokenizer"] or {}).get("type") == "ByteLevel":
+            state["pre_tokenizer"]["add_prefix_space"] = self.add_prefix_space
+        words = Tokenizer.from_str(json.dumps(state))
+        first, sep, types = f"{self.cls_token} $A {self.sep_token}", self.sep_token, int(self.pair_separators == 1)
+        words.post_processor = processors.TemplateProcessing(
+            single=first,
+            pair=f"{first}{f' {sep}' * (self.pair_separators - 1)} $B:{types} {sep}:{types}",
+            special_tokens=[(self.cls_token, self.cls_token_id), (sep, self.sep_token_id)],
+        )
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: getattr(self, name) for name in _WORD_SPECIALS if getattr(self, name) not in markers},
+            "bos_token": self.cls_token,
+            "eos_token": sep,
+            "padding_side": self.padding_side,
+            "model_input_names": [*self.model_input_names, *(["token_type_ids"] if types else [])],
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.model_max_length is not None:
+            settings["model_max_length"] = self.model_max_length
+        write_words(Path(folder), words, settings)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what the tokenizer of words is as tokenizer.json, with special tokens marked as such."""
+        state = json.loads(self._tokenizer.to_str())
+        specials = {getattr(self, name) for name in _WORD_SPECIALS}
+        for token in state["added_tokens"]:
+            token["special"] |= token["content"] in specials or token["content"] in self.special_tokens_in_text
+        return state
 
     def __call__(
         self,

@@ -1,0 +1,328 @@
+"""Checkpoints of every kind into LUKE for us and transformers, LUKE of the original repository, or its word encoder."""
+
+import contextlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luke_kernels import checkpoint as checkpoints
+from luke_kernels.config import LukeConfig, read_json
+from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
+from luke_kernels.heads import LukeForMaskedLM, LukeHead
+from luke_kernels.model import LukeModel, LukePreTrainedModel
+from luke_kernels.sources import ARCHIVES, Source
+from luke_kernels.tokenizer import LukeTokenizer
+from luke_kernels.tokenizer.files import find_folder, read_settings, read_stored_entity_vocab, write_entity_vocab
+
+KINDS = {
+    "luke": "LUKE, as ours and transformers'",
+    "original": "LUKE of the original repository",
+    "encoder": "an encoder of words",
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MODELS: tuple[type[LukePreTrainedModel], ...] = (LukeModel, *LukeHead.__subclasses__())
+ARCHIVE = ".tar.gz"
+# Of pretraining, Yamada et al. 2020; configs do not hold them.
+LENGTHS = {"max_entity_length": 128, "max_mention_length": 30}
+# RoBERTa's and XLM-R's words with `<ent>` and `<ent2>`, where no tokenizer tells whether these are there.
+SIZES_WITH_MARKERS = (50267, 250004)
+SPECIAL_TITLES = ("[PAD]", "[UNK]", "[MASK]", "[MASK2]")
+# "en:Vienna", as titles of mLUKE.
+IN_LANGUAGE = re.compile(r"([a-z][a-z-]*):(.+)", re.DOTALL)
+
+
+@dataclass
+class Conversion:
+    """What `convert` found and wrote; as a str, in words.
+
+    Args:
+        kind: What the source is, a key of `KINDS`.
+        architecture: Class of the model in the output.
+        num_parameters: Their number in the output.
+        tokenizer: What became of the tokenizer.
+        sizes_bytes: What was written, by name.
+    """
+
+    source: str
+    kind: str
+    output: Path
+    architecture: str
+    num_parameters: int
+    dtype: torch.dtype
+    tokenizer: str
+    sizes_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        files = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in self.sizes_bytes.items())
+        return "\n".join(
+            (
+                f"{self.source}: {KINDS[self.kind]}",
+                f"model: {self.architecture}, {self.num_parameters:,} parameters, {self.dtype}",
+                f"tokenizer: {self.tokenizer}",
+                f"{self.output}: {files}",
+            )
+        )
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str = "luke",
+    entity_vocab: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Conversion:
+    """Convert a checkpoint, and the tokenizer and entity vocabulary that lie beside it.
+
+    The model is of the class that the source's config names, else a LukeForMaskedLM, else a LukeModel: the first whose
+    head the source holds. No head is made up, and no pooler. The entity parts of a LUKE from an encoder are new.
+
+    Args:
+        source: Directory, archive or hub id: LUKE of any origin, or an encoder, RoBERTa, XLM-RoBERTa or BERT.
+        output: Directory, new or empty; for "original" also a .tar.gz.
+        to: "luke", for us and transformers; "original", for studio-ousia/luke; "encoder", the words alone as a RoBERTa
+            of transformers, without entities and markers.
+        entity_vocab: File of titles as `read_entity_vocab` takes it; for an encoder, and only there.
+        dtype: float16, bfloat16 or float32; None: as stored.
+        max_shard_size: As in `LukePreTrainedModel.save_pretrained`; for "original" there is one file.
+        revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or for "original" no entity vocabulary.
+        ValueError: `output` exists, an argument does not fit the source, or the checkpoint is malformed.
+        Nothing is written then.
+
+    Warns:
+        UserWarning: weights of the source have no place in the output.
+    """
+    output = Path(output).resolve()
+    _check(output, to, dtype)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    with _aside(output) as target, Source(source, **hub) as opened:
+        kind = checkpoints.kind_of(opened)
+        _check_kind(kind, to, entity_vocab)
+        folder = opened.directory if Path(opened.name).exists() else find_folder(opened.name, **hub)
+        config, tensors, entities = _read(opened, kind, folder, entity_vocab)
+        if to == "original":
+            _check_entities(opened.name, entities, config.entity_vocab_size)
+        model = _load(opened.name, config, tensors, dtype, entities_are_new=kind == "encoder")
+        tokenizer, told = None, "none, the original repository takes that of bert_model_name"
+        if to != "original":
+            tokenizer, told = _tokenizer(folder, entities, config, is_new=kind == "encoder")
+            told = told.replace(str(folder), opened.name)
+        state: dict[str, Tensor] = dict(model.named_parameters())
+        architecture = type(model).__name__
+        if to == "luke":
+            model.save_pretrained(target, max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
+            elif entities:
+                write_entity_vocab(target, entities)
+        elif to == "original":
+            state, values = checkpoints.as_original(model)
+            stated = read_json(folder / "metadata.json") if kind == "original" else {}
+            lengths = {"max_seq_length": config.max_words, **LENGTHS}
+            lengths = {key: stated.get(key, length) for key, length in lengths.items()}
+            if kind == "luke":
+                _warn_of_mask2(model, entities)
+            _write_original(target, state, {"model_config": values, **lengths}, entities)
+        else:
+            state, values = checkpoints.as_encoder(model, _has_markers(config, tokenizer))
+            architecture = values["architectures"][0]
+            checkpoints.write(state, values, target, max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_words(target)
+    return Conversion(
+        source=opened.name,
+        kind=kind,
+        output=output,
+        architecture=architecture,
+        num_parameters=sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values()),
+        dtype=model.dtype,
+        tokenizer=told,
+        sizes_bytes={
+            path.name: path.stat().st_size for path in ([output] if output.is_file() else sorted(output.iterdir()))
+        },
+    )
+
+
+def _check(output: Path, to: str, dtype: torch.dtype | None) -> None:
+    if to not in KINDS:
+        raise ValueError(f"to must be one of {', '.join(KINDS)}, got {to!r}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if output.name.endswith(ARCHIVES) and not (to == "original" and output.name.endswith(ARCHIVE)):
+        raise ValueError(f"output must be a directory, or for original a {ARCHIVE}, got {output}")
+    if output.exists() and (not output.is_dir() or output.name.endswith(ARCHIVE) or any(output.iterdir())):
+        raise ValueError(f"output must be new or an empty directory, got {output}, which exists")
+
+
+def _check_kind(kind: str, to: str, entity_vocab: str | Path | None) -> None:
+    if kind == "encoder" and entity_vocab is None:
+        raise ValueError("entity_vocab must be given for a source that is an encoder of words, got None")
+    if kind != "encoder" and entity_vocab is not None:
+        raise ValueError(f"entity_vocab must be None for a source that is a LUKE, with its own, got {entity_vocab}")
+    if kind == to == "encoder":
+        raise ValueError("to must be luke or original for a source that is an encoder of words, got 'encoder'")
+
+
+def _check_entities(name: str, entities: dict[str, int], size: int) -> None:
+    if not entities:
+        raise FileNotFoundError(f"{name} must hold an entity vocabulary, without which there is no original, got none")
+    if max(entities.values()) >= size:
+        raise ValueError(f"{name} must have titles of {size} entities, got the id {max(entities.values())}")
+
+
+def _read(
+    source: Source, kind: str, folder: Path, entity_vocab: str | Path | None
+) -> tuple[LukeConfig, checkpoints.Tensors, dict[str, int]]:
+    """Return a LUKE's config, tensors and entity vocabulary; {} where there is none."""
+    if entity_vocab is not None:
+        titles = read_entity_vocab(entity_vocab)
+        entities = _with_specials(titles, max(titles.values(), default=-1) + 1)
+        config, tensors = checkpoints.start_from_encoder(source, None, max(entities.values(), default=0) + 1, {})
+        return config, tensors, entities
+    config, tensors = checkpoints.read_config(source, {}), checkpoints.read_tensors(source)
+    try:
+        entities = check_entity_vocab(read_stored_entity_vocab(folder, read_settings(folder)))
+    except FileNotFoundError:
+        return config, tensors, {}
+    if kind == "original":  # where it lacks [MASK2], the table has got one more row
+        entities = _with_specials(entities, config.entity_vocab_size - 1)
+    return config, tensors, entities
+
+
+def _with_specials(entities: dict[str, int], mask2: int) -> dict[str, int]:
+    """Return the vocabulary as LUKE's tokenizers have it: specials of no language, and [MASK2] among them."""
+    plain = {}
+    for title, index in entities.items():
+        match = IN_LANGUAGE.fullmatch(title)
+        plain[match[2] if match and match[2] in SPECIAL_TITLES else title] = index
+    if "[MASK]" in plain:
+        plain.setdefault("[MASK2]", mask2)
+    return plain
+
+
+def _load(
+    name: str, config: LukeConfig, tensors: checkpoints.Tensors, dtype: torch.dtype | None, entities_are_new: bool
+) -> LukePreTrainedModel:
+    checkpoints.check_depth(name, config, tensors)
+    is_aware = config.use_entity_aware_attention
+    # mLUKE's checkpoints hold queries that their configs turn off.
+    config.use_entity_aware_attention = is_aware or any(map(checkpoints.query_of, tensors))
+    model = _empty_model(config, tensors, entities_are_new)
+    lost = checkpoints.without_place(model, tensors)
+    if lost:
+        warnings.warn(f"{type(model).__name__} from {name}: weights left out: {', '.join(lost)}", stacklevel=3)
+    kept = {key: stored for key, stored in tensors.items() if key not in lost}
+    checkpoints.load(model, name, kept, dtype=dtype, device="cpu", entities_are_new=entities_are_new)
+    config.use_entity_aware_attention = is_aware
+    return model
+
+
+def _empty_model(config: LukeConfig, tensors: checkpoints.Tensors, entities_are_new: bool) -> LukePreTrainedModel:
+    """Return a model without memory, of the first class whose head the checkpoint holds."""
+    named = config.extra.get("architectures")
+    own = [cls for cls in MODELS if isinstance(named, list) and cls.__name__ in named]
+    for cls in (*own, LukeForMaskedLM, LukeModel):
+        with torch.device("meta"):
+            model = cls(config)
+        if "luke.pooler.dense.weight" not in tensors:
+            model.encoder_model.pooler = None
+        if checkpoints.has_head_of(model, tensors, entities_are_new):
+            break
+    return model
+
+
+def _tokenizer(
+    folder: Path, entities: dict[str, int], config: LukeConfig, is_new: bool
+) -> tuple[LukeTokenizer | None, str]:
+    """Return the tokenizer of a folder with these entities, or None; and what to tell about it."""
+    try:
+        tokenizer = LukeTokenizer.from_pretrained(folder, entity_vocab=entities or None)
+    except (FileNotFoundError, NotImplementedError) as error:
+        return None, f"none, {error}"
+    if is_new and not _has_markers(config, tokenizer):
+        # Its markers would be other words of the model.
+        return (
+            None,
+            f"none, it must have the model's {config.vocab_size} words with <ent> and <ent2>, got {len(tokenizer)}",
+        )
+    return tokenizer, f"{len(tokenizer):,} words, {len(entities):,} titles"
+
+
+def _has_markers(config: LukeConfig, tokenizer: LukeTokenizer | None) -> bool:
+    """Return whether the last two words of a model are `<ent>` and `<ent2>`."""
+    if tokenizer is None:
+        return config.vocab_size in SIZES_WITH_MARKERS
+    return (tokenizer.entity_token_1_id, tokenizer.entity_token_2_id) == (config.vocab_size - 2, config.vocab_size - 1)
+
+
+def _write_original(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any], entities: dict[str, int]) -> None:
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    with (folder / "entity_vocab.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in _entity_lines(entities))
+
+
+def _entity_lines(entities: dict[str, int]) -> Iterable[str]:
+    """Yield an entity a line; titles of several languages apart from these, specials in every language."""
+    matches = {title: IN_LANGUAGE.fullmatch(title) for title in entities if title not in SPECIAL_TITLES}
+    languages = {match[1] if match else None for match in matches.values()}
+    if None in languages or not languages:
+        matches, languages = {}, {None}
+    names: dict[int, list[tuple[str, str | None]]] = {}
+    for title, index in entities.items():
+        match = matches.get(title)
+        in_languages = (
+            [(match[2], match[1])] if match else [(title, language) for language in sorted(languages, key=str)]
+        )
+        names.setdefault(index, []).extend(in_languages)
+    for index in sorted(names):
+        yield json.dumps({"id": index, "entities": names[index], "count": 0})
+
+
+def _warn_of_mask2(model: LukePreTrainedModel, entities: dict[str, int]) -> None:
+    table, rows = model.get_entity_embeddings().weight, [entities.get("[MASK]"), entities.get("[MASK2]")]
+    if None not in rows and not torch.equal(*table[rows]):
+        warnings.warn(
+            "[MASK2] has a row of its own, which readers of the original replace by that of [MASK]", stacklevel=3
+        )
+
+
+@contextlib.contextmanager
+def _aside(output: Path) -> Iterator[Path]:
+    """Give a folder to fill, which becomes `output`, or is packed into it, once all is there."""
+    existing = next(parent for parent in output.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=existing) as aside:
+        folder = ready = Path(aside) / "folder"
+        folder.mkdir()
+        yield folder
+        if output.name.endswith(ARCHIVE):
+            ready = Path(aside) / "archive"
+            # Weights barely compress; the format has sizes of more than 8 GiB in the header itself.
+            with tarfile.open(ready, "w:gz", compresslevel=1, format=tarfile.GNU_FORMAT) as archive:
+                for path in sorted(folder.iterdir()):
+                    archive.add(path, arcname=path.name)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(ready, output)

@@ -1,0 +1,278 @@
+"""Texts -> vectors of their words and entities, in order, at full load."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text as Line
+from torch import Tensor, nn
+
+from luke_kernels.model import LukePreTrainedModel
+from luke_kernels.packing import PackedBatch
+from luke_kernels.tokenizer import LukeEncoding, LukeTokenizer
+
+# Batches read ahead, so that texts of like lengths go together: sdpa gains by it, the other backends lose nothing.
+WINDOW_BATCHES = 4
+
+_END = object()
+
+
+class Text(NamedTuple):
+    """A text to encode, as `LukeTokenizer` takes it; errors call it `name`."""
+
+    name: str
+    text: str
+    entity_spans: Any = None
+    entities: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class TextVectors:
+    """The vectors of a text: W words, E entities, of size C. Tensors lie on the CPU and have memory of their own.
+
+    Attributes:
+        words: In the model's dtype, (W, C), special tokens included.
+        entities: (E, C).
+        offsets: The characters of each word in the text, int64 (W, 2), end excluded; (0, 0) for special tokens and
+            markers.
+        entity_span_indices: Which of the given spans each entity is, E of them, ascending.
+        dropped_spans: The given spans that truncation dropped.
+    """
+
+    words: Tensor
+    entities: Tensor
+    offsets: Tensor
+    entity_span_indices: list[int]
+    dropped_spans: list[int]
+
+
+def encode(
+    model: LukePreTrainedModel,
+    tokenizer: LukeTokenizer,
+    texts: Iterable[str],
+    entity_spans: Iterable[Any] | None = None,
+    entities: Iterable[Any] | None = None,
+    *,
+    max_tokens: int = 8192,
+    layer: int = -1,
+    progress: bool = True,
+    truncation: bool = False,
+) -> Iterator[TextVectors]:
+    """Encode texts: hidden states of their words and entities, as of each text alone but for rounding.
+
+    Texts are read as results are taken: so many ahead as have 4 * `max_tokens` tokens. These are sorted by length and
+    packed into batches.
+
+    Args:
+        model: Any model of ours; its encoder runs in evaluation mode, without gradients, and is left as it was.
+        tokenizer: That of the model.
+        texts: Any iterable, also an endless one.
+        entity_spans: For each text its pairs (start, end) of characters, end excluded, or None.
+        entities: For each text a title for each span, or None: [MASK].
+        max_tokens: Words and entities of a batch; a longer text goes alone.
+        layer: Whose output, from 0, the embeddings, to num_hidden_layers; or from the end, -1 the last.
+        progress: Whether to show a bar on stderr, where that is a terminal.
+        truncation: Whether texts longer than the model takes are cut, and entities not wholly in what is left dropped.
+
+    Returns:
+        `TextVectors` for each text, in order.
+
+    Raises:
+        ValueError, TypeError: at the call, an argument breaks its rule; later, where it shows, a text is too long or
+            not as the tokenizer wants it, which is named by its number from 0, or the iterables differ in length.
+    """
+    encoder = TextEncoder(model, tokenizer, max_tokens=max_tokens, layer=layer, truncation=truncation)
+    columns: dict[str, Iterable[Any]] = {"texts": texts}
+    columns |= {"entity_spans": entity_spans} if entity_spans is not None else {}
+    columns |= {"entities": entities} if entities is not None else {}
+    for name, column in columns.items():
+        if isinstance(column, str) or not isinstance(column, Iterable):
+            raise TypeError(f"{name} must be an iterable with an item for each text, got {type(column).__name__}")
+        if isinstance(column, Sized) and isinstance(texts, Sized) and len(column) != len(texts):
+            raise ValueError(f"{name} must have an item for each text, {len(texts)}, got {len(column)}")
+
+    def results() -> Iterator[TextVectors]:
+        with text_progress(len(texts) if isinstance(texts, Sized) else None, shown=progress) as advance:
+            yield from encoder.encode(_in_step(columns), advance)
+
+    return results()
+
+
+def _in_step(columns: dict[str, Iterable[Any]]) -> Iterator[Text]:
+    for number, items in enumerate(zip_longest(*columns.values(), fillvalue=_END)):
+        row = dict(zip(columns, items, strict=True))
+        for name, item in row.items():
+            if item is _END and row["texts"] is not _END:
+                raise ValueError(f"{name} must have an item for each text, got only {number}")
+            if item is not _END and row["texts"] is _END:
+                raise ValueError(f"{name} must have an item for each text, {number}, got more")
+        yield Text(f"text {number}", row["texts"], row.get("entity_spans"), row.get("entities"))
+
+
+class TextEncoder:
+    """What `encode` does, for texts that bear names; arguments as there."""
+
+    def __init__(
+        self,
+        model: LukePreTrainedModel,
+        tokenizer: LukeTokenizer,
+        *,
+        max_tokens: int = 8192,
+        layer: int = -1,
+        truncation: bool = False,
+    ):
+        if not isinstance(model, LukePreTrainedModel):
+            raise TypeError(
+                "model must be one of luke_kernels, which LukeModel.from_pretrained makes of any checkpoint of LUKE, "
+                f"got {type(model).__module__}.{type(model).__name__}"
+            )
+        if not isinstance(tokenizer, LukeTokenizer):
+            raise TypeError(
+                "tokenizer must be a LukeTokenizer of luke_kernels, "
+                f"got {type(tokenizer).__module__}.{type(tokenizer).__name__}"
+            )
+        for name, value in (("max_tokens", max_tokens), ("layer", layer)):
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be positive, got {max_tokens}")
+        last = model.config.num_hidden_layers
+        if not -last - 1 <= layer <= last:
+            raise ValueError(f"layer must lie in [{-last - 1}, {last}] for a model of {last} layers, got {layer}")
+        self.model, self.tokenizer = model.encoder_model, tokenizer
+        self.max_tokens, self.truncation = max_tokens, truncation
+        self.layer = layer if layer >= 0 else last + 1 + layer
+
+    def encode(self, texts: Iterable[Text], advance: Callable[[int], None]) -> Iterator[TextVectors]:
+        """Yield the vectors of texts in order; `advance` is told of each batch how many it had."""
+        for window in self._windows(texts):
+            vectors: dict[int, TextVectors] = {}
+            for batch in self._batches(window):
+                vectors |= zip(batch, self._run([window[index] for index in batch]), strict=True)
+                advance(len(batch))
+            for index in range(len(window)):
+                yield vectors.pop(index)
+
+    def _windows(self, texts: Iterable[Text]) -> Iterator[list[LukeEncoding]]:
+        window: list[LukeEncoding] = []
+        num_tokens = 0
+        for text in texts:
+            window.append(self._tokenize(text))
+            num_tokens += _num_tokens(window[-1])
+            if num_tokens >= WINDOW_BATCHES * self.max_tokens:
+                yield window
+                window, num_tokens = [], 0
+        if window:
+            yield window
+
+    def _tokenize(self, text: Text) -> LukeEncoding:
+        limit = self.model.config.max_words
+        if not isinstance(text.text, str):
+            raise TypeError(f"{text.name}: text must be a str, got {type(text.text).__name__}")
+        try:
+            encoding = self.tokenizer(
+                text.text,
+                entity_spans=text.entity_spans,
+                entities=text.entities,
+                truncation=self.truncation,
+                max_length=limit,
+                max_entity_length=2**31,  # all that are whole: the model takes any number
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+            )
+        except TypeError as error:
+            raise TypeError(f"{text.name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{text.name}: {error}") from error
+        if len(encoding["input_ids"]) > limit:
+            raise ValueError(
+                f"{text.name}: text must have at most {limit} tokens, those of the model, or be cut with "
+                f"truncation=True (--truncation), got {len(encoding['input_ids'])}"
+            )
+        return encoding
+
+    def _batches(self, window: list[LukeEncoding]) -> Iterator[list[int]]:
+        """Yield which encodings go together, the longest first: what takes too much memory fails at once."""
+        sizes = [_num_tokens(encoding) for encoding in window]
+        batch: list[int] = []
+        num_tokens = 0
+        for index in sorted(range(len(window)), key=sizes.__getitem__, reverse=True):
+            if batch and num_tokens + sizes[index] > self.max_tokens:
+                yield batch
+                batch, num_tokens = [], 0
+            batch.append(index)
+            num_tokens += sizes[index]
+        yield batch
+
+    def _run(self, encodings: list[LukeEncoding]) -> Iterator[TextVectors]:
+        batch = PackedBatch.from_encodings(encodings)
+        lengths = (cu.diff().tolist() for cu in (batch.lengths.cu_words, batch.lengths.cu_entities))
+        with torch.no_grad(), _evaluating(self.model):
+            encoded = self.model.encode(
+                batch.to(self.model.device),
+                num_layers=self.layer,
+                output_attentions=False,
+                output_hidden_states=False,
+            )
+        states = (states.cpu().split(n) for states, n in zip((encoded.words, encoded.entities), lengths, strict=True))
+        for encoding, words, entities in zip(encodings, *states, strict=True):
+            assert encoding.entity_span_indices is not None
+            assert encoding.dropped_spans is not None
+            yield TextVectors(
+                # Copies: one text's vectors do not keep those of the batch.
+                words=words.clone(),
+                entities=entities.clone(),
+                offsets=torch.tensor(encoding["offset_mapping"], device="cpu"),
+                entity_span_indices=encoding.entity_span_indices[0],
+                dropped_spans=encoding.dropped_spans[0],
+            )
+
+
+def _num_tokens(encoding: LukeEncoding) -> int:
+    return len(encoding["input_ids"]) + len(encoding.get("entity_ids", ()))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def text_progress(total: int | None, done: int = 0, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show texts done, their rate and the time left on stderr where that is a terminal; give what advances the bar."""
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+        # Batches of long texts take many times as long as those of short ones: the mean of all is the best guess.
+        speed_estimate_period=math.inf,
+        # What the caller prints meanwhile stays where it is printed.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bar:
+        task = bar.add_task("", total=total, completed=done)
+        bar.advance(task, 0)  # when it began: a rate after the first batch
+        yield lambda number: bar.advance(task, number)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Line:
+        speed = task.finished_speed or task.speed
+        return Line("" if speed is None else f"{speed:.1f} texts/s")
