@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import records, timing
+from benchmarks import measure, records, timing
 from benchmarks.cases import Case
 from benchmarks.contenders import ENTITY_AWARE, Contender, Inputs, Prepared, contenders, draw_inputs, prepare_ours
+from benchmarks.measure import Record
 
-Record = dict[str, Any]
 # Scores of the float64 reference: 128 MiB on the CPU, 1 GiB on a GPU. Beyond, the gate looks at the last heads only.
 GATE_SCORES = {"cpu": 2**24, "cuda": 2**27}
 
@@ -32,7 +31,7 @@ class Gate:
         largest_value = max(t[:, :, 3].abs().max() for t in (exact.words, exact.entities) if t.numel())
         product = torch.finfo(accumulator).eps * (exact.dout.abs().max() * largest_value).item()
         self.bound = {
-            name: (2 if name == "out" else 3) * self.eager_error[name] + _rounding(value.to(dtype)) + product
+            name: (2 if name == "out" else 3) * self.eager_error[name] + measure.rounding(value.to(dtype)) + product
             for name, value in self.truth.items()
         }
 
@@ -57,10 +56,6 @@ class Gate:
         return {name: value[self.present][:, -self.num_heads :] for name, value in found.items()}
 
 
-def _rounding(value: Tensor) -> float:
-    return 2 * ((value + 0.3) - 0.3 - value).abs().max().item()
-
-
 def run_case(
     case: Case,
     dtype: torch.dtype,
@@ -78,61 +73,32 @@ def run_case(
         run: What all records of a run share, from `records.describe_run`.
 
     Returns:
-        A record a contender and direction. `gate` is "pass"; "none" where another thing is computed on purpose;
-        "wrong" or "failed" (with its message), both without a time.
+        A record a contender and direction, as `measure.compete` makes them.
     """
     inputs = draw_inputs(case, dtype, device)
     gate = Gate(inputs)
     found = []
     for direction in directions:
-        rows = {}
-        calls = {}
+        shared = records.blank() | run | {"direction": direction, "case": case.name, "shape": case.shape}
+        shared["dtype"] = str(dtype).removeprefix("torch.")
+        entrants = []
         for contender in choose(inputs):
-            row = rows[contender.name] = records.blank() | run
-            row |= {"op": contender.op, "contender": contender.name, "backend": contender.backend}
-            row |= {"direction": direction, "case": case.name, "shape": case.shape}
-            row |= {"dtype": str(dtype).removeprefix("torch."), "matmul_peak_tflops": peak_tflops}
-            try:
-                prepared = contender.prepare(inputs)
-                row |= _judge(gate, contender, prepared, direction)
-                if row["gate"] != "wrong":
-                    call = partial(prepared.run, direction)
-                    call()
-                    row["peak_memory_bytes"] = timing.peak_memory_bytes(call, device)
-                    calls[contender.name] = call
-            except timing.failures() as error:
-                row |= {"gate": "failed", "message": timing.described(error)}
-        samples, failed = timing.interleave(calls, repeats, device)
-        for name, message in failed.items():
-            rows[name] |= {"gate": "failed", "message": message, "peak_memory_bytes": None}
-        for name, times in samples.items():
-            row = rows[name] | timing.quantiles(times)
-            row["tflops"] = case.flops(direction) / row["median_ms"] / 1e9
-            row |= {"repeats": repeats, "fraction_of_peak": row["tflops"] / peak_tflops}
-            rows[name] = row
-        found += rows.values()
+            own = {"op": contender.op, "contender": contender.name, "backend": contender.backend}
+            entrants.append(measure.Entrant(shared | own, partial(_enter, gate, contender, inputs, direction)))
+        found += measure.compete(entrants, case.flops(direction), repeats, peak_tflops, device)
     return found
 
 
-def _judge(gate: Gate, contender: Contender, prepared: Prepared, direction: str) -> Record:
+def _enter(gate: Gate, contender: Contender, inputs: Inputs, direction: str) -> tuple[Record, timing.Call]:
+    prepared = contender.prepare(inputs)
+    call = partial(prepared.run, direction)
     if contender.op != ENTITY_AWARE:
-        return {"gate": "none"}
+        return {"gate": "none"}, call
     errors = gate.errors(prepared, direction)
-    return {
+    verdict = {
         "gate": "pass" if gate.passes(errors) else "wrong",
         "gate_heads": gate.num_heads,
-        # JSON knows no NaN.
-        "error": {name: error if error == error else None for name, error in errors.items()},
+        "error": measure.without_nan(errors),
         "eager_error": {name: gate.eager_error[name] for name in errors},
     }
-
-
-def summary(record: Record) -> str:
-    """Return a record as a line for people."""
-    head = f"{record['case']:<18} {record['dtype']:<9} {record['direction']:<8} {record['contender']:<22}"
-    if record["median_ms"] is None:
-        return f"{head} {record['gate']} {record['message'] or record['error']}"
-    return (
-        f"{head} {record['median_ms']:>10.3f} ms ({record['p20_ms']:.3f} to {record['p80_ms']:.3f}) "
-        f"{record['tflops']:.3f} TFLOP/s, {record['fraction_of_peak']:.0%} of matmul"
-    )
+    return verdict, call

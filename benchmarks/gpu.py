@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu --out DIR`: all that waits for a GPU, in one bounded run.
 
-Builds the extension, runs the GPU tests, measures attention, writes records, report, logs and summary.json into DIR.
+Builds the extension, runs the GPU tests, measures the model and attention, writes records, reports, logs and
+summary.json into DIR.
 """
 
 import faulthandler
@@ -15,11 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, cases, console, records, report, timing
+from benchmarks import attention, batches, cases, console, encoders, measure, model, records, report, timing
 from benchmarks.contenders import OURS
 
 app = typer.Typer(add_completion=False)
 DTYPES = (torch.bfloat16, torch.float16)
+SIZE = "base"
 REPEATS = 30
 # Kept for the report; and how long a kernel that hangs may overrun before the process ends itself.
 RESERVE_S = 20
@@ -53,10 +55,11 @@ def main(
     found = _measure(device, out, deadline, summary)
     if found:
         report.render(found, out)
-    bad = [r for r in found if r["gate"] == "wrong" or (r["gate"] == "failed" and r["contender"].startswith(OURS))]
+    ours = (OURS, encoders.ACCELERATED)
+    bad = [r for r in found if r["gate"] == "wrong" or (r["gate"] == "failed" and r["contender"].startswith(ours))]
     note(
         gates={gate: sum(r["gate"] == gate for r in found) for gate in ("pass", "none", "wrong", "failed")},
-        bad=[attention.summary(r) for r in bad],
+        bad=[measure.summary(r) for r in bad],
         peers_failed=sorted({f"{r['contender']}: {r['message']}" for r in found if r["gate"] == "failed"}),
         complete=True,
     )
@@ -96,25 +99,34 @@ def _measure(device: torch.device, out: Path, deadline: float, summary: dict[str
     found, longest_s = [], 0.0
     skipped = summary["skipped"] = []
     errors = summary["errors"] = []
-    # Case by case over the dtypes: a run cut short has both.
-    for name in cases.GPU_CASES:
-        for dtype in DTYPES:
-            label, begin = f"{name} {dtype}", time.monotonic()
-            if begin + longest_s > deadline:
-                skipped.append(label)
-                continue
-            try:
-                peak_tflops = timing.measure_peak(dtype, device)
-                case = cases.parse(name, cases.DEVICE_HEADS["cuda"])
-                new = attention.run_case(case, dtype, device, cases.DIRECTIONS, REPEATS, peak_tflops, run)
-            except timing.failures() as error:
-                errors.append(f"{label}: {timing.described(error)}")
-                continue
-            records.append(new, out / "attention-cuda.jsonl")
-            print(*map(attention.summary, new), sep="\n", flush=True)
-            found += new
-            torch.cuda.empty_cache()
-            longest_s = max(longest_s, time.monotonic() - begin)
+
+    def run_model(name: str, dtype: torch.dtype, peak_tflops: float) -> list[dict[str, Any]]:
+        batch = batches.load(name, encoders.config_of(SIZE), device)
+        return model.run_case(batch, SIZE, dtype, cases.DIRECTIONS, REPEATS, peak_tflops, run)
+
+    def run_attention(name: str, dtype: torch.dtype, peak_tflops: float) -> list[dict[str, Any]]:
+        case = cases.parse(name, cases.DEVICE_HEADS["cuda"])
+        return attention.run_case(case, dtype, device, cases.DIRECTIONS, REPEATS, peak_tflops, run)
+
+    # The model first, in one dtype: few cases, which leave the attention its share. Case by case over the dtypes: a run
+    # cut short has both.
+    jobs = [("model", run_model, name, DTYPES[0]) for name in batches.GPU_BATCHES]
+    jobs += [("attention", run_attention, name, dtype) for name in cases.GPU_CASES for dtype in DTYPES]
+    for suite, run_case, name, dtype in jobs:
+        label, begin = f"{suite} {name} {dtype}", time.monotonic()
+        if begin + longest_s > deadline:
+            skipped.append(label)
+            continue
+        try:
+            new = run_case(name, dtype, timing.measure_peak(dtype, device))
+        except timing.failures() as error:
+            errors.append(f"{label}: {timing.described(error)}")
+            continue
+        records.append(new, out / "gpu.jsonl")
+        print(*map(measure.summary, new), sep="\n", flush=True)
+        found += new
+        torch.cuda.empty_cache()
+        longest_s = max(longest_s, time.monotonic() - begin)
     return found
 
 

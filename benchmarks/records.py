@@ -18,9 +18,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "matmul_peak_tflops", "fraction_of_peak")
+_RATES = ("tokens_per_s", "sequences_per_s")
 _JUDGED = ("gate", "gate_heads", "message", "error", "eager_error", "peak_memory_bytes")
 _RUN = ("run", "device", "versions", "commit", "dirty", "date", "command")
-FIELDS = ("op", "direction", "contender", "backend", "case", "shape", "dtype", *_MEASURED, *_JUDGED, *_RUN)
+_WHAT = ("op", "direction", "contender", "backend", "size", "case", "shape", "dtype")
+FIELDS = (*_WHAT, *_MEASURED, *_RATES, *_JUDGED, *_RUN)
 
 
 def blank() -> dict[str, Any]:
@@ -39,6 +41,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "triton": _version("triton"),
+            "transformers": _version("transformers"),
         },
         "commit": commit,
         "dirty": dirty,

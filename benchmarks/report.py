@@ -1,51 +1,122 @@
 """Tables and plots from records. No figure is typed by hand."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from benchmarks import records
 
 Record = dict[str, Any]
 Row = dict[str, Record]
+# (direction, case, dtype) -> contender -> record.
+Rows = dict[tuple[str, str, str], Row]
 
 
-def render(found: Iterable[Record], out: Path, baseline: str = "eager") -> list[Path]:
-    """Write attention.md and a plot a device into a folder.
+class Page(NamedTuple):
+    title: str
+    baseline: str
+
+
+PAGES = {"attention": Page("Attention", "eager"), "model": Page("LUKE's encoder", "transformers")}
+README = records.ROOT / "README.md"
+README_BLOCK = re.compile(r"(?<=<!-- benchmarks: model -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> list[Path]:
+    """Write attention.md and model.md, as far as there are records, and a plot a device into a folder.
 
     Args:
         found: Records, oldest first. A row of a table comes from the last run that has its case, dtype and direction.
-        baseline: Contender that ratios are taken of: its median by theirs, both of one run.
+        baseline: Contender that ratios are taken of: its median by theirs, both of one run; None: that of the page.
 
     Returns:
         The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sections, files = [], []
-    for device, rows in _by_device(found).items():
-        plot = out / f"attention-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
-        _plot(device, rows, plot)
-        files.append(plot)
-        sections.append(f"## {device}\n\n![TFLOP/s against case]({plot.name})\n")
-        for direction in sorted({direction for direction, _, _ in rows}, reverse=True):
-            part = {(case, dtype): row for (d, case, dtype), row in rows.items() if d == direction}
-            sections.append(f"### {_TITLES[direction]}\n\n{table(part, baseline)}\n")
-        sections.append(_sources(rows.values()))
-    text = f"# Attention\n\nMilliseconds (median), and how many times as fast as `{baseline}` in the same run.\n"
-    page = out / "attention.md"
-    page.write_text("\n".join([text, *sections]))
-    return [page, *files]
+    files = []
+    for name, devices in _by_page(found).items():
+        title, usual = PAGES[name]
+        against = baseline or usual
+        sections = [f"# {title}\n\nMilliseconds (median), and how many times as fast as `{against}` in the same run.\n"]
+        plots = []
+        for device, rows in devices.items():
+            plot = out / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
+            _plot(device, rows, plot)
+            plots.append(plot)
+            sections.append(f"## {device}\n\n![TFLOP/s against case]({plot.name})\n")
+            for direction in sorted({direction for direction, _, _ in rows}, reverse=True):
+                part = {(case, dtype): row for (d, case, dtype), row in rows.items() if d == direction}
+                sections.append(f"### {_TITLES[direction]}\n\n{table(part, against)}\n")
+                if name == "model":
+                    sections.append(f"Peak memory of a call, MiB:\n\n{table(part, against, memory)}\n")
+            sections.append(_sources(rows.values()))
+        page = out / f"{name}.md"
+        page.write_text("\n".join(sections))
+        files += [page, *plots]
+    return files
 
 
 _TITLES = {"forward": "Forward", "both": "Forward and backward"}
 
 
-def table(rows: dict[tuple[str, str], Row], baseline: str) -> str:
-    """Return a Markdown table: a row a case and dtype, a column a contender."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["case", "dtype", *names], ["---", "---", *["---:"] * len(names)]]
-    for (case, dtype), row in rows.items():
-        lines.append([case, dtype, *(cell(row.get(name), row.get(baseline)) for name in names)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def render_readme(found: Iterable[Record], path: Path = README) -> None:
+    """Write the table of the model benchmark between its markers in README.md.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not README_BLOCK.search(text):
+        raise ValueError(f"{path} must hold the markers of the model benchmark, got none")
+    block = readme_block(found)
+    path.write_text(README_BLOCK.sub(lambda _: block, text), encoding="utf-8")
+
+
+def readme_block(found: Iterable[Record]) -> str:
+    """Return a compact table a device of LUKE base in the first dtype measured, and how the other dtypes did."""
+    devices = _by_page(r for r in found if r["size"] == "base").get("model", {})
+    if not devices:
+        return "The speed of the whole model is not measured yet.\n"
+    return "\n".join(_readme_table(rows) for rows in devices.values())
+
+
+def _readme_table(rows: Rows) -> str:
+    dtype = next(iter(rows))[2]
+    names = ("transformers", "accelerated", "luke_kernels", "luke_kernels-packed")
+    lines = [["case", *names], ["---", *["---:"] * len(names)]]
+    for (direction, case, row_dtype), row in rows.items():
+        if row_dtype == dtype:
+            label = case if direction == "forward" else f"{case}, with backward"
+            lines.append([label, *(_readme_cell(row.get(name), row.get(names[0])) for name in names)])
+    record = next(iter(next(iter(rows.values())).values()))
+    commits = {str(r["commit"])[:12]: None for row in rows.values() for r in row.values()}
+    notes = (
+        "Time of transformers' eager LUKE, then how many times as fast; and the peak memory of a call. LUKE "
+        f"{record['size']}, {dtype}, {record['device']}, {_versions(record)}, commit {', '.join(commits)}. "
+        "`BxWxE`: B sequences of W words and E entities; `conll-N`: sentences with their mentions; `wikipedia-N`: "
+        "leads of articles with their links."
+    )
+    for other in dict.fromkeys(row_dtype for _, _, row_dtype in rows if row_dtype != dtype):
+        ratios = [
+            ratio
+            for (_, _, row_dtype), row in rows.items()
+            if row_dtype == other and "luke_kernels" in row
+            if (ratio := speedup(row["luke_kernels"], row.get(names[0]))) is not None
+        ]
+        if ratios:
+            notes += f" In {other}, `luke_kernels` is {min(ratios):.2f}x to {max(ratios):.2f}x as fast."
+    return f"{_lines(lines)}\n\n{notes} [All tables and plots](benchmarks/results/model.md).\n"
+
+
+def _readme_cell(record: Record | None, baseline: Record | None) -> str:
+    if record is None:
+        return ""
+    if record["median_ms"] is None:
+        return record["gate"]
+    ratio = None if record is baseline else speedup(record, baseline)
+    text = f"{record['median_ms']:.4g} ms" if ratio is None else f"{ratio:.2f}x"
+    return text if record["peak_memory_bytes"] is None else f"{text}, {memory(record, baseline)} MiB"
 
 
 def cell(record: Record | None, baseline: Record | None) -> str:
@@ -59,6 +130,28 @@ def cell(record: Record | None, baseline: Record | None) -> str:
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
 
 
+def memory(record: Record | None, baseline: Record | None) -> str:
+    """Return the peak memory in MiB, or nothing where it is not known."""
+    if record is None or record["peak_memory_bytes"] is None:
+        return ""
+    return f"{record['peak_memory_bytes'] / 2**20:.0f}"
+
+
+def table(
+    rows: dict[tuple[str, str], Row], baseline: str, cell: Callable[[Record | None, Record | None], str] = cell
+) -> str:
+    """Return a Markdown table: a row a case and dtype, a column a contender."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["case", "dtype", *names], ["---", "---", *["---:"] * len(names)]]
+    for (case, dtype), row in rows.items():
+        lines.append([case, dtype, *(cell(row.get(name), row.get(baseline)) for name in names)])
+    return _lines(lines)
+
+
+def _lines(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def speedup(record: Record, baseline: Record | None) -> float | None:
     """Return the baseline's median by the record's, where both have one in the same run."""
     if baseline is None or None in (baseline["median_ms"], record["median_ms"]) or baseline["run"] != record["run"]:
@@ -66,17 +159,22 @@ def speedup(record: Record, baseline: Record | None) -> float | None:
     return baseline["median_ms"] / record["median_ms"]
 
 
-def _by_device(found: Iterable[Record]) -> dict[str, dict[tuple[str, str, str], Row]]:
-    """Return device -> (direction, case, dtype) -> contender -> record, the last run's."""
-    devices: dict[str, dict[tuple[str, str, str], Row]] = {}
+def _by_page(found: Iterable[Record]) -> dict[str, dict[str, Rows]]:
+    """Return page -> device, with the size of the model where there is one -> rows, each the last run's."""
+    pages: dict[str, dict[str, Rows]] = {}
     for record in found:
-        rows = devices.setdefault(record["device"], {})
-        key = record["direction"], record["case"], record["dtype"]
-        row = rows.setdefault(key, {})
+        page = "model" if record["op"] == "model" else "attention"
+        device = record["device"] if record["size"] is None else f"LUKE {record['size']}, {record['device']}"
+        rows = pages.setdefault(page, {}).setdefault(device, {})
+        row = rows.setdefault((record["direction"], record["case"], record["dtype"]), {})
         if any(other["run"] != record["run"] for other in row.values()):
             row.clear()
         row[record["contender"]] = record
-    return devices
+    return pages
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
 
 
 def _sources(rows: Iterable[Row]) -> str:
@@ -84,14 +182,13 @@ def _sources(rows: Iterable[Row]) -> str:
     runs = {record["run"]: record for row in rows for record in row.values()}
     lines = []
     for run, record in runs.items():
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
         commit = "no commit" if record["commit"] is None else f"commit {record['commit'][:12]}"
         dirty = " with changes" if record["dirty"] else ""
-        lines.append(f"- run {run}, {record['date']}, {commit}{dirty}, {versions}: `{record['command']}`")
+        lines.append(f"- run {run}, {record['date']}, {commit}{dirty}, {_versions(record)}: `{record['command']}`")
     return "\n".join(["Runs:", "", *lines, ""])
 
 
-def _plot(device: str, rows: dict[tuple[str, str, str], Row], path: Path) -> None:
+def _plot(device: str, rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = sorted({(dtype, direction) for direction, _, dtype in rows}, key=lambda p: (p[0], p[1] != "forward"))
@@ -107,7 +204,7 @@ def _plot(device: str, rows: dict[tuple[str, str, str], Row], path: Path) -> Non
         peaks = [next(iter(row.values()))["matmul_peak_tflops"] for row in part.values()]
         axes.hlines(peaks, [i - 0.45 for i in range(len(part))], [i + 0.45 for i in range(len(part))], "gray", "dashed")
         axes.set_xticks(range(len(part)), list(part))
-        axes.set(title=f"{_TITLES[direction]}, {dtype}", ylabel="TFLOP/s on real tokens", xlabel="case (B x W x E)")
+        axes.set(title=f"{_TITLES[direction]}, {dtype}", ylabel="TFLOP/s on real tokens", xlabel="case")
     figure.axes[0].plot([], [], "--", color="gray", label="torch matmul, same run")
     figure.suptitle(device)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import attention, cases, contenders, records, report, timing
+from benchmarks import attention, cases, contenders, measure, records, report, timing
 
 CPU = torch.device("cpu")
 MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "fraction_of_peak")
@@ -75,7 +75,7 @@ def test_wrong_contender_has_no_time(slot, wrong):
         row = rows["bad", direction]
         assert (row["gate"] == "wrong") == (direction in wrong)
         assert all((row[name] is None) == (direction in wrong) for name in MEASURED)
-        assert (" wrong " in attention.summary(row)) == (direction in wrong)
+        assert (" wrong " in measure.summary(row)) == (direction in wrong)
         assert rows["eager", direction]["gate"] == "pass"
 
 
@@ -155,6 +155,9 @@ def test_gpu_command_without_a_gpu(tmp_path):
         (["attention", "--case", "4x5"], "case must be BxWxE or BxWxE-ragged, got '4x5'"),
         (["report", "--records", "none.jsonl"], "none.jsonl"),
         (["attention", "--repeat", "0"], "--repeat"),
+        (["model", "--size", "huge"], "size must be tiny or base or large, got 'huge'"),
+        (["model", "--case", "4x5"], "case must be BxWxE, BxWxE-ragged or one of conll-N, wikipedia-N, got '4x5'"),
+        (["model", "--case", "1x513x2"], "case must have at most 512 words and some entities, got '1x513x2'"),
     ],
 )
 def test_command_errors(arguments, message, monkeypatch, capsys):

@@ -1,0 +1,76 @@
+"""What every suite does with a case: judge the contenders, then time those that passed, in turns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """The record of a contender so far; `enter` returns what the gate adds to it, and the call to time."""
+
+    record: Record
+    enter: Callable[[], tuple[Record, timing.Call]]
+
+
+def compete(
+    entrants: Sequence[Entrant], flops: float, repeats: int, peak_tflops: float, device: torch.device
+) -> list[Record]:
+    """Judge and time the contenders of a case in one direction.
+
+    Args:
+        flops: What the case costs.
+        peak_tflops: `timing.measure_peak` of the same run.
+
+    Returns:
+        A record a contender. `gate` is "pass"; "none" where another thing is computed on purpose; "wrong" or "failed"
+        (with its message), both without a time.
+    """
+    rows, calls = {}, {}
+    for entrant in entrants:
+        row = entrant.record | {"matmul_peak_tflops": peak_tflops}
+        rows[row["contender"]] = row
+        try:
+            verdict, call = entrant.enter()
+            row |= verdict
+            if row["gate"] != "wrong":
+                call()
+                row["peak_memory_bytes"] = timing.peak_memory_bytes(call, device)
+                calls[row["contender"]] = call
+        except timing.failures() as error:
+            row |= {"gate": "failed", "message": timing.described(error)}
+    samples, failed = timing.interleave(calls, repeats, device)
+    for name, message in failed.items():
+        rows[name] |= {"gate": "failed", "message": message, "peak_memory_bytes": None}
+    for name, times in samples.items():
+        rows[name] |= timing.quantiles(times) | {"repeats": repeats}
+        rows[name]["tflops"] = flops / rows[name]["median_ms"] / 1e9
+        rows[name]["fraction_of_peak"] = rows[name]["tflops"] / peak_tflops
+    return list(rows.values())
+
+
+def without_nan(errors: dict[str, float]) -> dict[str, float | None]:
+    """Return errors as JSON can hold them."""
+    return {name: error if error == error else None for name, error in errors.items()}
+
+
+def rounding(value: torch.Tensor) -> float:
+    """Return the floor below which an error in the dtype of `value` says nothing."""
+    return 2 * ((value + 0.3) - 0.3 - value).abs().max().item()
+
+
+def summary(record: Record) -> str:
+    """Return a record as a line for people."""
+    head = f"{record['case']:<18} {record['dtype']:<9} {record['direction']:<8} {record['contender']:<22}"
+    if record["median_ms"] is None:
+        return f"{head} {record['gate']} {record['message'] or record['error']}"
+    return (
+        f"{head} {record['median_ms']:>10.3f} ms ({record['p20_ms']:.3f} to {record['p80_ms']:.3f}) "
+        f"{record['tflops']:.3f} TFLOP/s, {record['fraction_of_peak']:.0%} of matmul"
+    )

@@ -1,0 +1,146 @@
+"""The model benchmark: all of LUKE's encoder, a gate on correctness, then times of those who passed it."""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import encoders, measure, records, timing
+from benchmarks.batches import Batch
+from benchmarks.encoders import Contender
+from benchmarks.measure import Record
+
+OP = "model"
+STATES = ("words", "entities")
+SMALLEST = torch.finfo(torch.float64).tiny
+# Of base size, what the backward keeps in float64 is 4 MB a token.
+GATE_TOKENS = 1024
+
+
+class Gate:
+    """The truth of a case, and how far transformers' model is from it in the dtype of its weights.
+
+    The truth is the same model with the same weights in float64, a part of the batch at a time: gradients add up.
+    """
+
+    def __init__(self, eager: Contender, batch: Batch, douts: Sequence[Tensor], direction: str):
+        self.batch = batch
+        self.truth = _truth(eager.model, batch, douts, direction)
+        self.eager_error = self.errors(eager, direction)
+        dtype = douts[0].dtype
+        self.bound = {
+            name: (2 if name in STATES else 3) * self.eager_error[name] + self._floor(name, dtype)
+            for name in self.truth
+        }
+
+    def errors(self, contender: Contender, direction: str) -> dict[str, float]:
+        """Return the largest absolute error of states and of the gradient of each parameter, NaN where one is."""
+        states, gradients = contender.run(direction)
+        packed = self.batch.packed
+        words, entities = states
+        if words.dim() == 3:
+            words, entities = packed.pack_words(words), packed.pack_entities(entities)
+        found = {"words": words, "entities": entities}
+        if direction == "both":
+            found |= zip(contender.parameters, gradients, strict=True)
+        return {name: (value.double() - self.truth[name]).abs().max().item() for name, value in found.items()}
+
+    def judge(self, contender: Contender, direction: str) -> Record:
+        """Return what a record says of a contender: the errors of states and, of all gradients, of the worst."""
+        errors = self.errors(contender, direction)
+        # NaN is beyond every bound.
+        beyond = [name for name, error in errors.items() if not error <= self.bound[name]]
+        gradients = [name for name in errors if name not in STATES]
+        gradients.sort(key=lambda name: (name in beyond, errors[name] / max(self.bound[name], SMALLEST)))
+        told = [*STATES, *gradients[-1:]]
+        return {
+            "gate": "wrong" if beyond else "pass",
+            "message": f"beyond its bound: {', '.join(beyond)}"[:500] if beyond else None,
+            "error": measure.without_nan({name: errors[name] for name in told}),
+            "eager_error": {name: self.eager_error[name] for name in told},
+        }
+
+    def _floor(self, name: str, dtype: torch.dtype) -> float:
+        """Return what rounding to the dtype costs."""
+        floor = measure.rounding(self.truth[name].to(dtype))
+        if name in STATES:
+            return floor
+        # The gradient of a score is the difference of dout . v and dout . out, of which any flash attention rounds out;
+        # the gradient of the values shows their size.
+        shown = re.sub(r"(attention\.self)\.\w+\.", r"\1.value.", name)
+        largest = max(self.truth[each].abs().max().item() for each in {name, shown})
+        return floor + torch.finfo(dtype).eps * largest
+
+
+def _truth(model: nn.Module, batch: Batch, douts: Sequence[Tensor], direction: str) -> dict[str, Tensor]:
+    """Return the states that exist, (Tw, C) and (Te, C), and the gradients of the parameters."""
+    exact = copy.deepcopy(model).double()
+    dwords, dentities = douts[0].double().split(batch.word_lengths), douts[1].double().split(batch.entity_lengths)
+    found: dict[str, list[Tensor]] = {name: [] for name in STATES}
+    for rows, inputs in batch.parts(GATE_TOKENS):
+        with torch.set_grad_enabled(direction == "both"):
+            output = exact(**inputs)
+            states = [output.last_hidden_state[inputs["attention_mask"].bool()]]
+            if output.entity_last_hidden_state is not None:
+                states.append(output.entity_last_hidden_state[inputs["entity_attention_mask"].bool()])
+        for name, state in zip(STATES, states, strict=False):
+            found[name].append(state.detach())
+        if direction == "both":
+            weights = [torch.cat(dwords[rows]), torch.cat(dentities[rows])][: len(states)]
+            torch.autograd.backward(states, weights)
+    truth = {name: torch.cat(parts) for name, parts in found.items()}
+    if direction == "both":
+        truth |= {name: parameter.grad for name, parameter in exact.named_parameters()}
+    return truth
+
+
+def run_case(
+    batch: Batch,
+    size: str,
+    dtype: torch.dtype,
+    directions: Sequence[str],
+    repeats: int,
+    peak_tflops: float,
+    run: Record,
+    choose: Callable[[nn.Module, Batch, Sequence[Tensor]], list[Contender]] = encoders.contenders,
+) -> list[Record]:
+    """Gate and time all contenders of one batch.
+
+    Args:
+        batch: Its tensors lie on the device to measure.
+        size: A key of `encoders.SIZES`.
+        peak_tflops: `timing.measure_peak` of the same run.
+        run: What all records of a run share, from `records.describe_run`.
+        choose: Returns the contenders, transformers' first.
+
+    Returns:
+        A record a contender and direction, as `measure.compete` makes them.
+    """
+    device = batch.packed.position_ids.device
+    config = encoders.config_of(size)
+    model = encoders.draw_model(config, dtype, device)
+    douts = encoders.draw_douts(batch, model)
+    chosen = choose(model, batch, douts)
+    gate = Gate(chosen[0], batch, douts, "both" if "both" in directions else "forward")
+    shared = records.blank() | run | {"op": OP, "backend": "auto", "size": size}
+    shared |= {"case": batch.name, "shape": batch.shape, "dtype": str(dtype).removeprefix("torch.")}
+    found = []
+    for direction in directions:
+        entrants = []
+        for contender in chosen:
+            row = shared | {"direction": direction, "contender": contender.name}
+            entrants.append(measure.Entrant(row, partial(_enter, gate, contender, direction)))
+        found += measure.compete(entrants, batch.flops(config, direction), repeats, peak_tflops, device)
+    for row in found:
+        if row["median_ms"] is not None:
+            row["tokens_per_s"] = batch.shape["real_tokens"] / row["median_ms"] * 1e3
+            row["sequences_per_s"] = batch.shape["B"] / row["median_ms"] * 1e3
+    return found
+
+
+def _enter(gate: Gate, contender: Contender, direction: str) -> tuple[Record, timing.Call]:
+    contender.model.train(direction == "both")
+    return gate.judge(contender, direction), partial(contender.run, direction)

@@ -1,0 +1,120 @@
+"""Real texts with their entities, drawn from data sets in the folder that LUKE_KERNELS_DATA names."""
+
+import html
+import os
+import random
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luke_kernels import LukeTokenizer
+from luke_kernels.tokenizer import LukeEncoding
+
+SEED = 0
+MASK = "[MASK]"
+SPECIAL_ENTITIES = ("[PAD]", "[UNK]", MASK, "[MASK2]")
+# What LUKE was pretrained with (Yamada et al. 2020, appendix A).
+MAX_WORDS, MAX_ENTITIES = 512, 128
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, the character spans of its entities and their titles."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    titles: list[str]
+
+
+def conll(count: int) -> list[Text]:
+    """Draw sentences that have mentions from CoNLL-2003's eng.testa, IOB1; entities are [MASK], as to be named."""
+    sentences = []
+    for block in (_data() / "conll2003/eng.testa").read_text(encoding="utf-8").split("\n\n"):
+        text, spans, previous = "", [], "O"
+        for line in block.splitlines():
+            word, *_, tag = line.split()
+            start = len(text) + bool(text)
+            text += " " * bool(text) + word
+            if tag != "O":
+                if previous[1:] == tag[1:] and not tag.startswith("B-"):
+                    start, _ = spans.pop()
+                spans.append((start, len(text)))
+            previous = tag
+        if spans:
+            sentences.append(Text(text, spans, [MASK] * len(spans)))
+    return _sample(sentences, count)
+
+
+def wikipedia(count: int) -> list[Text]:
+    """Draw the leads of English Wikipedia's biographies; entities are their links."""
+    with tarfile.open(_data() / "wikipedia/enwiki-people-wikitext.tar.xz") as archive:
+        articles = {
+            member.name: file.read().decode() for member in archive if (file := archive.extractfile(member)) is not None
+        }
+    return [_linked(articles[name].split("\n==")[0]) for name in _sample(sorted(articles), count)]
+
+
+CORPORA = {"conll": conll, "wikipedia": wikipedia}
+
+
+def _sample(population: list[Any], count: int) -> list[Any]:
+    if count > len(population):
+        raise ValueError(f"case must have at most {len(population)} texts, got {count}")
+    return random.Random(SEED).sample(population, count)
+
+
+# Comments, references, templates, tables, images, tags, bold and italics; what nests goes from the inside out.
+_MARKUP = (
+    r"<!--.*?-->",
+    r"<ref[^>]*/>",
+    r"<ref.*?</ref>",
+    r"\{\{[^{}]*\}\}",
+    r"\{\|.*?\|\}",
+    r"\[\[(?:File|Image):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]",
+    r"<[^>]+>",
+    r"'{2,}",
+)
+
+
+def _linked(wikitext: str) -> Text:
+    for pattern in _MARKUP:
+        found = 1
+        while found:
+            wikitext, found = re.subn(pattern, "", wikitext, flags=re.DOTALL)
+    text, spans, titles = "", [], []
+    # [[title]] or [[title|words]]: the parts of a split are text, title, words, text, title, words, ..., text.
+    parts = re.split(r"\[\[([^\[\]|]+)\|?([^\[\]]*)\]\]", " ".join(html.unescape(wikitext).split()))
+    for plain, title, words in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True):
+        text += plain
+        if title:
+            titles.append(title)
+            spans.append((len(text), len(text) + len(words or title)))
+            text += words or title
+    return Text(text, spans, titles)
+
+
+def encode(texts: list[Text]) -> LukeEncoding:
+    """Tokenise with RoBERTa's pieces, cut to MAX_WORDS; every title is known."""
+    titles = sorted({title for text in texts for title in text.titles} - {*SPECIAL_ENTITIES})
+    tokenizer = LukeTokenizer.from_files(
+        _data() / "roberta_bpe/vocab.json",
+        _data() / "roberta_bpe/merges.txt",
+        {title: i for i, title in enumerate((*SPECIAL_ENTITIES, *titles))},
+        max_entity_length=MAX_ENTITIES,
+    )
+    return tokenizer(
+        [text.text for text in texts],
+        entity_spans=[text.spans for text in texts],
+        entities=[text.titles for text in texts],
+        truncation=True,
+        max_length=MAX_WORDS,
+    )
+
+
+def _data() -> Path:
+    folder = os.environ.get("LUKE_KERNELS_DATA", "")
+    if not Path(folder).is_dir() or not folder:
+        raise FileNotFoundError(f"LUKE_KERNELS_DATA must name the folder of data sets, got {folder!r}")
+    return Path(folder)

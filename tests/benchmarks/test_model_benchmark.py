@@ -1,0 +1,252 @@
+"""The model benchmark: same weights for all, truth, gate, FLOPs, texts, and README's table from the records."""
+
+import json
+
+import luke_cases
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from benchmarks import batches, cases, encoders, measure, model, records, report, texts
+
+CPU = torch.device("cpu")
+CONFIG = encoders.config_of("tiny")
+# Its third sequence has no entity.
+RAGGED = "4x9x2-ragged"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(name: str, **options) -> list[dict]:
+    batch = batches.load(name, CONFIG, CPU)
+    run = records.describe_run(CPU)
+    return model.run_case(batch, "tiny", torch.float32, cases.DIRECTIONS, 2, 0.1, run, **options)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    return run(RAGGED) + run("2x9x3")
+
+
+def prepare(name: str = RAGGED, dtype: torch.dtype = torch.float32):
+    batch = batches.load(name, CONFIG, CPU)
+    theirs = encoders.draw_model(CONFIG, dtype, CPU)
+    return theirs, batch, encoders.draw_douts(batch, theirs)
+
+
+def test_records(found):
+    assert 0 in batches.load(RAGGED, CONFIG, CPU).entity_lengths
+    assert len(found) == 2 * 2 * 4
+    for record in found:
+        assert set(json.loads(json.dumps(record, allow_nan=False))) == set(records.FIELDS)
+        assert record["gate"] == "pass", record["message"]
+        assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+        seconds = record["median_ms"] / 1e3
+        assert record["tokens_per_s"] * seconds == pytest.approx(record["shape"]["real_tokens"])
+        assert record["sequences_per_s"] * seconds == pytest.approx(record["shape"]["B"])
+        assert len(record["error"]) == (2 if record["direction"] == "forward" else 3)
+        assert record["versions"]["transformers"]
+        if record["contender"] == encoders.TRANSFORMERS:
+            assert record["error"] == record["eager_error"]
+    assert [record["contender"] for record in found[:4]] == [
+        "transformers",
+        "accelerated",
+        "luke_kernels",
+        "luke_kernels-packed",
+    ]
+
+
+def test_contenders_share_weights_and_nothing_else():
+    theirs, *rest = encoders.contenders(*prepare())
+    addresses = {name: parameter.data_ptr() for name, parameter in theirs.parameters.items()}
+    for contender in rest:
+        assert {name: parameter.data_ptr() for name, parameter in contender.parameters.items()} == addresses
+        assert all(parameter.requires_grad for parameter in contender.parameters.values())
+    assert len({type(contender.model.encoder) for contender in (theirs, *rest)}) == 3
+    assert type(theirs.model.encoder).__module__.startswith("transformers.")
+
+
+class Scaled(encoders.Contender):
+    def run(self, direction):
+        (words, entities), gradients = super().run(direction)
+        return (words, entities * 1.001), gradients
+
+
+class Untrained(encoders.Contender):
+    def run(self, direction):
+        states, gradients = super().run(direction)
+        names = [name for name in self.parameters if name.endswith("1.attention.self.w2e_query.bias")]
+        lost = [list(self.parameters).index(name) for name in names]
+        return states, [g * 0 if i in lost else g for i, g in enumerate(gradients)]
+
+
+class Undefined(encoders.Contender):
+    def run(self, direction):
+        (words, entities), gradients = super().run(direction)
+        return (words * float("nan"), entities), gradients
+
+
+@pytest.mark.parametrize(
+    ("broken", "directions", "told"),
+    [
+        (Scaled, {"forward", "both"}, "entities"),
+        (Untrained, {"both"}, "encoder.layer.1.attention.self.w2e_query.bias"),
+        (Undefined, {"forward", "both"}, "words"),
+    ],
+)
+def test_wrong_contender_has_no_time(broken, directions, told):
+    def choose(*arguments):
+        first, *_, last = encoders.contenders(*arguments)
+        return [first, broken("bad", last.model, last.inputs, last.douts)]
+
+    for record in run(RAGGED, choose=choose):
+        wrong = record["contender"] == "bad" and record["direction"] in directions
+        assert record["gate"] == ("wrong" if wrong else "pass")
+        assert (record["median_ms"] is None) == wrong
+        if wrong:
+            assert f" wrong beyond its bound: {told}" in measure.summary(record)
+            assert told in record["error"]
+
+
+def test_truth_is_the_same_in_parts(monkeypatch):
+    """One sequence at a time, that without entities too, and all at once."""
+    arguments = prepare()
+    whole = model._truth(*arguments, "both")
+    monkeypatch.setattr(model, "GATE_TOKENS", 1)
+    assert len(list(arguments[1].parts(1))) == 4
+    assert list(arguments[1].parts(1))[2][1].keys() == {"input_ids", "attention_mask"}
+    parts = model._truth(*arguments, "both")
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(parts[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_flops_are_those_that_eager_needs_for_a_dense_batch():
+    theirs, batch, _ = prepare("3x20x5")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        theirs(**batch.padded)
+    assert batch.flops(CONFIG, "forward") == counter.get_total_flops()
+
+
+def test_flops_count_real_tokens():
+    batch = batches.load(RAGGED, CONFIG, CPU)
+    attention = 2 * 4 * 32 * sum((w + e) ** 2 for w, e in zip(batch.word_lengths, batch.entity_lengths, strict=True))
+    products = (
+        2 * batch.shape["real_tokens"] * 2 * (5 * 32 * 32 + 2 * 32 * 64) + 2 * batch.packed.num_entities * 16 * 32
+    )
+    assert batch.flops(CONFIG, "forward") == attention + products
+    assert batch.flops(CONFIG, "both") == 3.5 * attention + 3 * products
+    assert batch.shape["real_tokens"] < batch.shape["padded_tokens"] == 4 * 11
+
+
+def test_batches_are_drawn_from_their_names():
+    first, again, other = (batches.load(name, CONFIG, CPU) for name in (RAGGED, RAGGED, "4x9x2"))
+    assert all(torch.equal(first.padded[name], again.padded[name]) for name in first.padded)
+    assert not torch.equal(first.padded["input_ids"], other.padded["input_ids"])
+    assert first.padded["attention_mask"].sum(1).tolist() == first.word_lengths
+    assert first.padded["entity_position_ids"].shape == (4, 2, batches.MENTION)
+    assert other.padded["attention_mask"].all()
+
+
+def test_links_of_wikitext():
+    text = texts._linked(
+        "{{Box|a={{b}}}}'''Ada''' [[File:A.jpg|thumb|[[No]] link]]wrote<ref name=x/> for [[Charles Babbage|Babbage]]"
+        "<ref>{{cite}}</ref>, in [[London]]&nbsp;&amp; elsewhere.<!-- [[x]] -->\n"
+    )
+    assert text.text == "Ada wrote for Babbage, in London & elsewhere."
+    assert [text.text[start:end] for start, end in text.spans] == ["Babbage", "London"]
+    assert text.titles == ["Charles Babbage", "London"]
+
+
+@luke_cases.NEEDS_DATA
+def test_real_sentences():
+    known = dict(luke_cases.conll_sentences())
+    assert all(known[sentence.text] == sentence.spans for sentence in texts.conll(2000))
+    sentences = texts.conll(32)
+    assert len({sentence.text for sentence in sentences}) == 32
+    batch = batches.load("conll-32", CONFIG, CPU)
+    assert batch.entity_lengths == [len(sentence.spans) for sentence in sentences]
+    assert set(batch.packed.entity_ids.tolist()) == {texts.SPECIAL_ENTITIES.index(texts.MASK)}
+    with pytest.raises(ValueError, match="case must have at most"):
+        texts.conll(10**6)
+    assert {record["gate"] for record in run("conll-1")} == {"pass"}
+
+
+@luke_cases.NEEDS_DATA
+def test_real_articles():
+    batch = batches.load("wikipedia-2", CONFIG, CPU)
+    assert max(batch.word_lengths) <= texts.MAX_WORDS
+    assert min(batch.word_lengths) > 100
+    assert min(batch.entity_lengths) > 5
+    assert batch.packed.entity_ids.min() >= len(texts.SPECIAL_ENTITIES)
+    for article in texts.wikipedia(2):
+        assert all(article.text[start:end].strip() for start, end in article.spans)
+        assert not {*"[]{}<>|"} & {*article.text}
+
+
+def test_real_texts_are_skipped_without_data(monkeypatch, capsys, tmp_path):
+    from benchmarks import __main__
+
+    monkeypatch.delenv("LUKE_KERNELS_DATA", raising=False)
+    monkeypatch.setattr(__main__, "MAIN_DTYPES", ())
+    __main__.model(size="tiny", case=["conll-1"], out=tmp_path / "none.jsonl")
+    assert "conll-1: skipped, LUKE_KERNELS_DATA must name the folder of data sets, got ''" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_report(found, tmp_path):
+    page, plot = report.render(found, tmp_path)
+    assert (page.name, plot.suffix) == ("model.md", ".png")
+    rows = {(r["case"], r["direction"], r["contender"]): r for r in found}
+    ours, theirs = (rows["2x9x3", "forward", name] for name in ("luke_kernels", "transformers"))
+    line = next(line for line in page.read_text().splitlines() if line.startswith("| 2x9x3 | float32"))
+    assert f" {ours['median_ms']:.4g} ({theirs['median_ms'] / ours['median_ms']:.2f}x) " in line
+
+
+def record(contender: str, median_ms: float | None, **changes) -> dict:
+    values = {"op": "model", "size": "base", "direction": "forward", "case": "1x2x1", "dtype": "float32", "run": "r"}
+    values |= {"device": "cpu: x", "versions": {"torch": "9"}, "commit": "c" * 40, "gate": "pass"}
+    values |= {"contender": contender, "median_ms": median_ms, "peak_memory_bytes": 3 * 2**20}
+    return records.blank() | values | changes
+
+
+def test_readme_block():
+    found = [
+        record("transformers", 30.0),
+        record("accelerated", 20.0),
+        record("luke_kernels", None, gate="wrong"),
+        record("transformers", 30.0, dtype="bfloat16"),
+        record("luke_kernels", 60.0, dtype="bfloat16"),
+        record("transformers", 1.0, size="tiny", case="9x9x9"),
+    ]
+    block = report.readme_block(found)
+    assert "| 1x2x1 | 30 ms, 3 MiB | 1.50x, 3 MiB | wrong |  |" in block
+    assert "LUKE base, float32, cpu: x, torch 9, commit cccccccccccc." in block
+    assert "In bfloat16, `luke_kernels` is 0.50x to 0.50x as fast." in block
+    assert "9x9x9" not in block
+
+
+def test_readme_is_rewritten_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- benchmarks: model -->\nold\n<!-- end -->\nb\n")
+    report.render_readme([record("transformers", 30.0)], path)
+    block = report.readme_block([record("transformers", 30.0)])
+    assert path.read_text() == f"a\n<!-- benchmarks: model -->\n{block}<!-- end -->\nb\n"
+    path.write_text("nothing\n")
+    with pytest.raises(ValueError, match="must hold the markers"):
+        report.render_readme([], path)
+    assert path.read_text() == "nothing\n"
+
+
+def test_readme_holds_what_the_records_give():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.README_BLOCK.findall(text) == [report.readme_block(records.load([records.RESULTS]))]
