@@ -1,5 +1,5 @@
 # make test    build the sdist, from it the wheel, and run all tests on the installed wheel
-# make demo    the main job: the op on real sentences
+# make demo    the main job: LUKE on real sentences, beside the one of transformers
 # Each needs Linux, Python 3.11 or later, make and a C++ compiler, and installs the rest into .venv.
 
 PYTHON ?= python3

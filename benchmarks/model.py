@@ -37,7 +37,7 @@ class Gate:
         }
 
     def errors(self, contender: Contender, direction: str) -> dict[str, float]:
-        """Return the largest absolute error of states and of the gradient of each parameter, NaN where one is."""
+        """Return the size of the error of states and of the gradient of each parameter, NaN where one is."""
         states, gradients = contender.run(direction)
         packed = self.batch.packed
         words, entities = states
@@ -46,10 +46,10 @@ class Gate:
         found = {"words": words, "entities": entities}
         if direction == "both":
             found |= zip(contender.parameters, gradients, strict=True)
-        return {name: (value.double() - self.truth[name]).abs().max().item() for name, value in found.items()}
+        return {name: _size(name, value.double() - self.truth[name]) for name, value in found.items()}
 
     def judge(self, contender: Contender, direction: str) -> Record:
-        """Return what a record says of a contender: the errors of states and, of all gradients, of the worst."""
+        """Return what a record says of a contender: the errors of the states and of the worst gradient."""
         errors = self.errors(contender, direction)
         # NaN is beyond every bound.
         beyond = [name for name, error in errors.items() if not error <= self.bound[name]]
@@ -65,14 +65,17 @@ class Gate:
 
     def _floor(self, name: str, dtype: torch.dtype) -> float:
         """Return what rounding to the dtype costs."""
-        floor = measure.rounding(self.truth[name].to(dtype))
         if name in STATES:
-            return floor
+            return measure.rounding(self.truth[name].to(dtype))
         # The gradient of a score is the difference of dout . v and dout . out, of which any flash attention rounds out;
         # the gradient of the values shows their size.
         shown = re.sub(r"(attention\.self)\.\w+\.", r"\1.value.", name)
-        largest = max(self.truth[each].abs().max().item() for each in {name, shown})
-        return floor + torch.finfo(dtype).eps * largest
+        return torch.finfo(dtype).eps * max(_size(each, self.truth[each]) for each in {name, shown})
+
+
+def _size(name: str, value: Tensor) -> float:
+    """Return the largest number of states; of a gradient, a sum over all tokens, the norm: its largest is luck."""
+    return (value.abs().max() if name in STATES else value.norm()).item()
 
 
 def _truth(model: nn.Module, batch: Batch, douts: Sequence[Tensor], direction: str) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.append(str(REPOSITORY))
 
 # Seconds a room may take on 2 cores.
-BUDGETS_S = {"model": 250, "triton": 300, "cpu": 180, "op": 400}
+BUDGETS_S = {"model": 250, "tools": 200, "triton": 300, "cpu": 180, "op": 400}
+TOOL_FILES = ("accelerate", "benchmarks/", "cli", "convert", "demo", "encode", "readme")
 MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer", "packing", "train_bpe", "parity/")
 
 
@@ -31,7 +32,8 @@ def _room(test: str) -> str:
     if test.startswith("tests/ops/"):
         return next((room for room in ("triton", "cpu") if room in test), "op")
     path = test.split("::")[0]
-    return "model" if any(name in path for name in MODEL_FILES) else "op"
+    rooms = {"tools": TOOL_FILES, "model": MODEL_FILES}
+    return next((room for room, files in rooms.items() if any(name in path for name in files)), "op")
 
 
 def pytest_configure(config: pytest.Config) -> None:

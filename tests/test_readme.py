@@ -26,7 +26,7 @@ def run_examples(page: str, count: int) -> dict:
 def test_readme():
     namespace = run_examples("README.md", 4)
     assert namespace["outputs"].entity_last_hidden_state.shape == (2, 2, 768)
-    assert namespace["packed_outputs"].entity_last_hidden_state.shape == (3, 768)
+    assert namespace["vectors"].entities.shape == (1, 768)
     assert namespace["out_words"].shape == (2, 128, 12, 64)
     assert namespace["attentions"].shape == (2, 12, 144, 144)
     assert namespace["packed_contexts"][1].shape[1] == 768
