@@ -185,14 +185,14 @@ class PackedSelfAttention(EntityAwareSelfAttention):
         return torch.cat(contexts).flatten(-2), probs
 
     def _project_joint(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
-        return project_joint(self, hidden, num_words, self.num_heads, self.entity_aware)
+        return project_joint(self, hidden, num_words, self.num_heads, self.entity_aware, hidden.shape[0] > num_words)
 
 
 def project_joint(
-    module: nn.Module, hidden: Tensor, num_words: int, num_heads: int, entity_aware: bool
+    module: nn.Module, hidden: Tensor, num_words: int, num_heads: int, entity_aware: bool, has_entities: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Project the words and the entities of one buffer (Tw + Te, C), each with its queries."""
-    if hidden.shape[0] == num_words:
+    if not has_entities:
         return project(module, PLAIN_QUERY, hidden, num_heads), None
     word_hidden, entity_hidden = hidden.split([num_words, hidden.shape[0] - num_words])
     queries = (WORD_QUERIES, ENTITY_QUERIES) if entity_aware else (PLAIN_QUERY, PLAIN_QUERY)
@@ -230,15 +230,18 @@ def _merge_heads(words: Tensor, entities: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _fusable(linears: list[nn.Linear]) -> bool:
-    """Return whether the weights alone say what the modules do: plain nn.Linear with bias, nothing hooked on."""
-    return all(
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and type(linear.bias) in (nn.Parameter, Tensor)
-        and "forward" not in vars(linear)  # how accelerate hooks
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-        for linear in linears
+    """Return whether the weights and biases alone say what the modules do."""
+    return all(is_plain(linear, nn.Linear) and type(linear.bias) in (nn.Parameter, Tensor) for linear in linears)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module is of that very kind, its weight a tensor, nothing hooked on."""
+    return (
+        type(module) is kind
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and "forward" not in vars(module)  # how accelerate hooks
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 

@@ -111,14 +111,17 @@ class EntityEmbeddings(nn.Module):
         if self.entity_embedding_dense is not None:
             entities = self.entity_embedding_dense(entities)
         types = _types(self.token_type_embeddings, batch.entity_token_type_ids)
-        return self.dropout(self.LayerNorm(entities + self._mean_positions(batch.entity_position_ids) + types))
+        positions = mean_positions(self.position_embeddings.weight, batch.entity_position_ids)
+        return self.dropout(self.LayerNorm(entities + positions + types))
 
-    def _mean_positions(self, position_ids: Tensor) -> Tensor:
-        """Average the positions that are not -1, (Te, M) -> (Te, C), with nothing of size (Te, M, C)."""
-        table = self.position_embeddings.weight
-        exists = (position_ids != -1).to(table.dtype)
-        shares = exists / exists.sum(dim=1, keepdim=True).clamp(min=1)
-        return F.embedding_bag(position_ids.clamp(min=0), table, mode="sum", per_sample_weights=shares)
+
+def mean_positions(table: Tensor, position_ids: Tensor) -> Tensor:
+    """Average the rows of positions that are not -1, (..., M) -> (..., C), with nothing of size (..., M, C)."""
+    bags = position_ids.flatten(0, -2)
+    exists = (bags != -1).to(table.dtype)
+    shares = exists / exists.sum(dim=1, keepdim=True).clamp(min=1)
+    means = F.embedding_bag(bags.clamp(min=0), table, mode="sum", per_sample_weights=shares)
+    return means.unflatten(0, position_ids.shape[:-1])
 
 
 def _types(table: nn.Embedding, ids: Tensor | None) -> Tensor:

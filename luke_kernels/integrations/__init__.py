@@ -21,8 +21,8 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     - With `output_attentions` or `output_hidden_states`, transformers' own code runs.
 
     Args:
-        model: A LukeModel or LukeFor... of transformers, or any module that contains one. The embeddings may be
-            anything; the encoder must be transformers' own.
+        model: A LukeModel or LukeFor... of transformers, or any module that contains one; of its encoder and of the
+            embeddings of its entities the code must be transformers' own.
         backend: As in `luke_kernels.entity_aware_attention`.
 
     Returns:

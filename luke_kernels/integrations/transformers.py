@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.luke import modeling_luke as luke
 
-from luke_kernels.attention import project_joint
+from luke_kernels.attention import is_plain, project_joint
+from luke_kernels.model import mean_positions
 from luke_kernels.ops.attention import attend_joint, described
 from luke_kernels.ops.backends import check_name
 from luke_kernels.ops.layout import Layout
@@ -25,9 +26,10 @@ EXCLUDES = -1e4
 
 
 class PackedTokens(NamedTuple):
-    """What the layers get in place of a mask."""
+    """What the layers get in place of a mask. `has_entities` tells whether any were given, pads or not."""
 
     num_words: int
+    has_entities: bool
     layout: Layout
 
 
@@ -46,12 +48,31 @@ class PackedLukeSelfAttention(luke.LukeSelfAttention):
     ) -> tuple[Tensor | None, ...]:
         if not isinstance(attention_mask, PackedTokens):
             return super().forward(word_hidden_states, entity_hidden_states, attention_mask, *args, **kwargs)
-        num_words, layout = attention_mask
+        num_words, has_entities, layout = attention_mask
         words, entities = project_joint(
-            self, word_hidden_states[0], num_words, self.num_attention_heads, self.use_entity_aware_attention
+            self,
+            word_hidden_states[0],
+            num_words,
+            self.num_attention_heads,
+            self.use_entity_aware_attention,
+            has_entities,
         )
         dropout_p = self.dropout.p if self.training else 0.0
         return attend_joint(words, entities, layout, dropout_p, self.backend).flatten(-2)[None], None
+
+
+class LeanLukeEntityEmbeddings(luke.LukeEntityEmbeddings):
+    """Averages the positions of mentions without gathering them all, (B, E, M, C)."""
+
+    def forward(self, entity_ids: Any, position_ids: Any, token_type_ids: Any = None) -> Tensor:
+        if not is_plain(self.position_embeddings, nn.Embedding):
+            return super().forward(entity_ids, position_ids, token_type_ids)
+        entities = self.entity_embeddings(entity_ids)
+        if self.config.entity_emb_size != self.config.hidden_size:
+            entities = self.entity_embedding_dense(entities)
+        positions = mean_positions(self.position_embeddings.weight, position_ids)
+        types = self.token_type_embeddings(torch.zeros_like(entity_ids) if token_type_ids is None else token_type_ids)
+        return self.dropout(self.LayerNorm(entities + positions + types))
 
 
 class PackedLukeEncoder(luke.LukeEncoder):
@@ -94,7 +115,7 @@ class PackedLukeEncoder(luke.LukeEncoder):
         entity_rows = torch.nonzero_static(entities_exist.flatten(), size=num_entities).squeeze(1)
         packed = [tokens.flatten(0, 1)[rows] for tokens, rows in ((words, word_rows), (entities, entity_rows))]
         hidden = torch.cat(packed)[None]
-        tokens = PackedTokens(num_words, lengths.to(hidden.device).layout())
+        tokens = PackedTokens(num_words, entity_hidden_states is not None, lengths.to(hidden.device).layout())
         for layer in self.layer:
             hidden = layer(hidden, None, tokens)[0]
         packed_words, packed_entities = hidden[0].split([num_words, num_entities])
@@ -107,7 +128,11 @@ class PackedLukeEncoder(luke.LukeEncoder):
         return luke.BaseLukeModelOutput(last_hidden_state=words, entity_last_hidden_state=entities)
 
 
-FAST = {luke.LukeEncoder: PackedLukeEncoder, luke.LukeSelfAttention: PackedLukeSelfAttention}
+FAST = {
+    luke.LukeEntityEmbeddings: LeanLukeEntityEmbeddings,
+    luke.LukeEncoder: PackedLukeEncoder,
+    luke.LukeSelfAttention: PackedLukeSelfAttention,
+}
 SLOW = {fast: slow for slow, fast in FAST.items()}
 
 
@@ -117,7 +142,7 @@ def accelerate(model: Module, backend: str) -> Module:
     parts = _parts(model)
     for part in parts:
         if type(part) not in FAST and type(part) not in SLOW:
-            raise ValueError(f"model must have transformers' own encoder, got a {type(part).__name__}")
+            raise ValueError(f"model must have transformers' own encoder and embeddings, got a {type(part).__name__}")
         if "forward" in vars(part):
             raise ValueError(
                 f"model must be accelerated before its forwards are wrapped, got a wrapped {type(part).__name__}"
@@ -149,7 +174,7 @@ def restore(model: Module) -> Module:
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:
-    """Return the encoders and self-attentions."""
+    """Return the modules to exchange: encoders, their self-attentions, embeddings of entities."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
     parts = [module for module in model.modules() if isinstance(module, tuple(FAST))]

@@ -94,6 +94,33 @@ def test_sequence_without_tokens():
         assert_same_where_tokens_exist(fast(**inputs), eager(**inputs), inputs)
 
 
+def test_entities_that_are_all_pads():
+    """Their queries get a gradient of zero, as before: none at all would stop DistributedDataParallel."""
+    eager, fast = eager_and_fast("LukeModel")
+    inputs = small_inputs()
+    inputs["entity_attention_mask"].zero_()
+    words = inputs["attention_mask"].bool()
+    for model in (eager, fast):
+        model(**inputs).last_hidden_state[words].sum().backward()
+    without = [{n for n, p in model.named_parameters() if p.grad is None} for model in (eager, fast)]
+    assert without[0] == without[1]
+    assert "encoder.layer.0.attention.self.w2e_query.weight" not in without[0]
+
+
+@pytest.mark.parametrize("positions", ["plain", "hooked"])
+def test_positions_of_mentions(positions):
+    eager, fast = eager_and_fast("LukeModel")
+    ids = torch.tensor([[5, 6], [7, 8]])
+    at = torch.tensor([[[3, 4, -1], [-1, 5, -1]], [[-1, -1, -1], [1, 1, 2]]])
+    if positions == "hooked":
+        for model in (eager, fast):
+            model.entity_embeddings.position_embeddings.register_forward_hook(lambda module, args, output: output * 2)
+    got, expected = (model.entity_embeddings(ids, at) for model in (fast, eager))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    types = torch.zeros_like(ids)
+    torch.testing.assert_close(fast.entity_embeddings(ids, at, types), expected, rtol=0, atol=1e-6)
+
+
 def test_no_masks_and_tuples():
     eager, fast = eager_and_fast("LukeModel")
     inputs = {name: value for name, value in small_inputs("none").items() if not name.endswith("mask")}
@@ -135,7 +162,8 @@ def test_attentions_and_hidden_states_are_eager(asked, return_dict):
     assert torch.equal(got.last_hidden_state == 0, plain.last_hidden_state == 0)
     names = ["attentions"] if "output_attentions" in asked else ["hidden_states", "entity_hidden_states"]
     for name in names:
-        assert all(torch.equal(a, b) for a, b in zip(got[name], expected[name], strict=True))
+        for a, b in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_answers_beside_attentions():
@@ -355,7 +383,7 @@ def test_bad_models():
         accelerate(wrapped)
     other = copy.deepcopy(eager)
     other.encoder.__class__ = Another
-    with pytest.raises(ValueError, match="own encoder, got a Another"):
+    with pytest.raises(ValueError, match="own encoder and embeddings, got a Another"):
         accelerate(other)
     chunked = copy.deepcopy(eager)
     chunked.config.chunk_size_feed_forward = 2
