@@ -84,11 +84,13 @@ def readme_block(found: Iterable[Record]) -> str:
 def _readme_table(rows: Rows) -> str:
     dtype = next(iter(rows))[2]
     names = ("transformers", "accelerated", "luke_kernels", "luke_kernels-packed")
-    lines = [["case", *names], ["---", *["---:"] * len(names)]]
+    lines = [["case", "tokens (padded)", *names], ["---", *["---:"] * (1 + len(names))]]
     for (direction, case, row_dtype), row in rows.items():
         if row_dtype == dtype:
             label = case if direction == "forward" else f"{case}, with backward"
-            lines.append([label, *(_readme_cell(row.get(name), row.get(names[0])) for name in names)])
+            shape = next(iter(row.values()))["shape"]
+            tokens = f"{shape['real_tokens']:,} ({shape['padded_tokens']:,})"
+            lines.append([label, tokens, *(_readme_cell(row.get(name), row.get(names[0])) for name in names)])
     record = next(iter(next(iter(rows.values())).values()))
     commits = {str(r["commit"])[:12]: None for row in rows.values() for r in row.values()}
     notes = (

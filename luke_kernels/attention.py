@@ -191,38 +191,74 @@ class PackedSelfAttention(EntityAwareSelfAttention):
 def project_joint(
     module: nn.Module, hidden: Tensor, num_words: int, num_heads: int, entity_aware: bool, has_entities: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Project the words and the entities of one buffer (Tw + Te, C), each with its queries."""
-    if not has_entities:
-        return project(module, PLAIN_QUERY, hidden, num_heads), None
-    word_hidden, entity_hidden = hidden.split([num_words, hidden.shape[0] - num_words])
-    queries = (WORD_QUERIES, ENTITY_QUERIES) if entity_aware else (PLAIN_QUERY, PLAIN_QUERY)
-    return project(module, queries[0], word_hidden, num_heads), project(module, queries[1], entity_hidden, num_heads)
+    """Project the words and the entities of one buffer (Tw + Te, C), each with its queries, as `project` does."""
+    sizes = [num_words, hidden.shape[0] - num_words]
+    if not (entity_aware and has_entities):
+        stacked = project(module, PLAIN_QUERY, hidden, num_heads)
+        return stacked.split(sizes) if has_entities else (stacked, None)
+    names = (*WORD_QUERIES, *ENTITY_QUERIES, "key", "value")
+    w2w, w2e, e2w, e2e, key, value = linears = [getattr(module, name) for name in names]
+    how = _how_to_project(linears, hidden)
+    words, entities = hidden.split(sizes)
+    if how == "one product":
+        return project(module, WORD_QUERIES, words, num_heads), project(module, ENTITY_QUERIES, entities, num_heads)
+    if how == "in place":
+        stacked = hidden.new_empty(hidden.shape[0], 4, hidden.shape[1])
+        word_slots, entity_slots = stacked.split(sizes)
+        for linear, tokens, out in (
+            (w2w, words, word_slots[:, 0]),
+            (w2e, words, word_slots[:, 1]),
+            (e2w, entities, entity_slots[:, 0]),
+            (e2e, entities, entity_slots[:, 1]),
+            (key, hidden, stacked[:, 2]),
+            (value, hidden, stacked[:, 3]),
+        ):
+            torch.addmm(linear.bias, tokens, linear.weight.t(), out=out)
+    else:
+        keys, values = key(hidden).split(sizes), value(hidden).split(sizes)
+        word_slots = torch.stack([w2w(words), w2e(words), keys[0], values[0]], dim=1)
+        entity_slots = torch.stack([e2w(entities), e2e(entities), keys[1], values[1]], dim=1)
+    return _split_heads(word_slots, num_heads), _split_heads(entity_slots, num_heads)
 
 
 def project(module: nn.Module, queries: tuple[str, ...], hidden: Tensor, num_heads: int) -> Tensor:
     """Project by linear layers of `module`: its `queries`, its `key` and `value`, (..., C) -> (..., 4 or 3, H, D)."""
     linears: list[nn.Linear] = [getattr(module, name) for name in (*queries, "key", "value")]
+    how = _how_to_project(linears, hidden)
+    if how == "one product":
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+        slots = F.linear(hidden, weight, bias).unflatten(-1, (len(linears), -1))
+    elif how == "in place":
+        slots = hidden.new_empty(*hidden.shape[:-1], len(linears), hidden.shape[-1])
+        for linear, out in zip(linears, slots.flatten(0, -3).unbind(1), strict=True):
+            torch.addmm(linear.bias, hidden.flatten(0, -2), linear.weight.t(), out=out)
+    else:
+        slots = torch.stack([linear(hidden) for linear in linears], dim=-2)
+    return _split_heads(slots, num_heads)
+
+
+def _how_to_project(linears: list[nn.Linear], hidden: Tensor) -> str:
+    """Choose among a product by all weights at once, products into slots of one buffer, and calls of the modules."""
     if not _fusable(linears):
-        stacked = torch.stack([linear(hidden) for linear in linears], dim=-2)
-    elif hidden.dtype != linears[0].weight.dtype and not _autocast_is_on(hidden):
+        return "modules"
+    if hidden.dtype != linears[0].weight.dtype and not _autocast_is_on(hidden):
         raise TypeError(
             f"hidden states must have the dtype of the weights, {linears[0].weight.dtype}, got {hidden.dtype}"
         )
-    elif hidden.device != linears[0].weight.device:
+    if hidden.device != linears[0].weight.device:
         raise ValueError(
             f"hidden states must be on the device of the weights, {linears[0].weight.device}, got {hidden.device}"
         )
-    elif _writes_in_place(hidden):
-        # As fast on the CPU as one product with all weights, without copying them together first.
-        stacked = hidden.new_empty(*hidden.shape[:-1], len(linears), hidden.shape[-1])
-        tokens, slots = hidden.flatten(0, -2), stacked.flatten(0, -3)
-        for slot, linear in enumerate(linears):
-            torch.addmm(linear.bias, tokens, linear.weight.t(), out=slots[:, slot])
-    else:
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = torch.cat([linear.bias for linear in linears])
-        stacked = F.linear(hidden, weight, bias)
-    return stacked.view(*hidden.shape[:-1], len(linears), num_heads, hidden.shape[-1] // num_heads)
+    if _writes_in_place(hidden):
+        return "in place"
+    # One product copies the weights, (4 C, C), the calls their results, (T, 4 C).
+    few = not torch.compiler.is_compiling() and hidden.shape[:-1].numel() < hidden.shape[-1]
+    return "modules" if few else "one product"
+
+
+def _split_heads(slots: Tensor, num_heads: int) -> Tensor:
+    return slots.unflatten(-1, (num_heads, -1))
 
 
 def _merge_heads(words: Tensor, entities: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,8 +15,8 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
 
     - Last hidden states are zero where no token exists; heads get those zeros. LukeForQuestionAnswering then gives such
       words the smallest logit, so that its loss is that of the same sequences without padding.
-    - Hooks on the layers see the packed batch, all words, then all entities, as (1, Tw + Te, C); those on `key` and
-      `value` see words and entities apart.
+    - Hooks on the layers see the packed batch, all words, then all entities, as (1, Tw + Te, C), and on the projections
+      the same without the 1.
     - Dropout in the attention draws other random numbers.
     - With `output_attentions` or `output_hidden_states`, transformers' own code runs.
 

@@ -215,7 +215,12 @@ def test_report(found, tmp_path):
 def record(contender: str, median_ms: float | None, **changes) -> dict:
     values = {"op": "model", "size": "base", "direction": "forward", "case": "1x2x1", "dtype": "float32", "run": "r"}
     values |= {"device": "cpu: x", "versions": {"torch": "9"}, "commit": "c" * 40, "gate": "pass"}
-    values |= {"contender": contender, "median_ms": median_ms, "peak_memory_bytes": 3 * 2**20}
+    values |= {
+        "shape": {"real_tokens": 1200, "padded_tokens": 3000},
+        "contender": contender,
+        "median_ms": median_ms,
+        "peak_memory_bytes": 3 * 2**20,
+    }
     return records.blank() | values | changes
 
 
@@ -229,7 +234,7 @@ def test_readme_block():
         record("transformers", 1.0, size="tiny", case="9x9x9"),
     ]
     block = report.readme_block(found)
-    assert "| 1x2x1 | 30 ms, 3 MiB | 1.50x, 3 MiB | wrong |  |" in block
+    assert "| 1x2x1 | 1,200 (3,000) | 30 ms, 3 MiB | 1.50x, 3 MiB | wrong |  |" in block
     assert "LUKE base, float32, cpu: x, torch 9, commit cccccccccccc." in block
     assert "In bfloat16, `luke_kernels` is 0.50x to 0.50x as fast." in block
     assert "9x9x9" not in block
