@@ -70,7 +70,7 @@ def model(
 ) -> None:
     """Time LUKE against transformers', padded, accelerated and packed, correctness first.
 
-    Real texts need LUKE_KERNELS_DATA and are skipped without.
+    Real texts need LUKE_KERNELS_DATA; without it those that were not asked for are skipped.
     """
     if importlib.util.find_spec("transformers") is None:
         raise console.CommandError("transformers must be installed")
@@ -84,6 +84,8 @@ def model(
         try:
             chosen.append(batches.load(name, encoders.config_of(size), target))
         except FileNotFoundError as error:
+            if case:
+                raise console.CommandError(f"case {name} must have its data, got an error: {error}") from None
             print(f"{name}: skipped, {error}")
 
     def run_case(batch: batches.Batch, dtype: torch.dtype, peak_tflops: float, run: Record) -> list[Record]:

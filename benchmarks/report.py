@@ -91,24 +91,29 @@ def _readme_table(rows: Rows) -> str:
             shape = next(iter(row.values()))["shape"]
             tokens = f"{shape['real_tokens']:,} ({shape['padded_tokens']:,})"
             lines.append([label, tokens, *(_readme_cell(row.get(name), row.get(names[0])) for name in names)])
-    record = next(iter(next(iter(rows.values())).values()))
-    commits = {str(r["commit"])[:12]: None for row in rows.values() for r in row.values()}
+    every = [record for row in rows.values() for record in row.values()]
+    told = dict.fromkeys(f"{_versions(r)}, {_commit(r)}" for r in every)
     notes = (
-        "Time of transformers' eager LUKE, then how many times as fast; and the peak memory of a call. LUKE "
-        f"{record['size']}, {dtype}, {record['device']}, {_versions(record)}, commit {', '.join(commits)}. "
-        "`BxWxE`: B sequences of W words and E entities; `conll-N`: sentences with their mentions; `wikipedia-N`: "
-        "leads of articles with their links."
+        "Time of transformers' eager LUKE, then how many times as fast; and by how much a call makes the memory grow. "
+        "`accelerated`: the same model after `accelerate`; `luke_kernels`: ours, on the same padded inputs; "
+        "`luke_kernels-packed`: ours, on a batch that was packed before. `BxWxE`: B sequences of W words and E "
+        "entities; `conll-N`: sentences with their mentions, of middling padding; `wikipedia-N`: leads of articles "
+        f"with their links. LUKE {every[0]['size']}, {dtype}, {every[0]['device']}; {'; '.join(told)}."
     )
     for other in dict.fromkeys(row_dtype for _, _, row_dtype in rows if row_dtype != dtype):
-        ratios = [
-            ratio
-            for (_, _, row_dtype), row in rows.items()
-            if row_dtype == other and "luke_kernels" in row
-            if (ratio := speedup(row["luke_kernels"], row.get(names[0]))) is not None
-        ]
-        if ratios:
-            notes += f" In {other}, `luke_kernels` is {min(ratios):.2f}x to {max(ratios):.2f}x as fast."
+        ours = [row for (_, _, row_dtype), row in rows.items() if row_dtype == other and "luke_kernels" in row]
+        ratios = [speedup(row["luke_kernels"], row.get(names[0])) for row in ours]
+        timed = [ratio for ratio in ratios if ratio is not None]
+        if timed:
+            notes += f" In {other}, `luke_kernels` is {min(timed):.2f}x to {max(timed):.2f}x as fast"
+            notes += f", {len(ratios) - len(timed)} of {len(ratios)} cases without a time." if None in ratios else "."
     return f"{_lines(lines)}\n\n{notes} [All tables and plots](benchmarks/results/model.md).\n"
+
+
+def _commit(record: Record) -> str:
+    if record["commit"] is None:
+        return "no commit"
+    return f"commit {record['commit'][:12]}{' with changes' if record['dirty'] else ''}"
 
 
 def _readme_cell(record: Record | None, baseline: Record | None) -> str:
@@ -117,7 +122,10 @@ def _readme_cell(record: Record | None, baseline: Record | None) -> str:
     if record["median_ms"] is None:
         return record["gate"]
     ratio = None if record is baseline else speedup(record, baseline)
-    text = f"{record['median_ms']:.4g} ms" if ratio is None else f"{ratio:.2f}x"
+    median_ms = record["median_ms"]
+    text = (
+        f"{ratio:.2f}x" if ratio is not None else f"{median_ms:,.0f} ms" if median_ms >= 1000 else f"{median_ms:.4g} ms"
+    )
     return text if record["peak_memory_bytes"] is None else f"{text}, {memory(record, baseline)} MiB"
 
 
@@ -184,9 +192,7 @@ def _sources(rows: Iterable[Row]) -> str:
     runs = {record["run"]: record for row in rows for record in row.values()}
     lines = []
     for run, record in runs.items():
-        commit = "no commit" if record["commit"] is None else f"commit {record['commit'][:12]}"
-        dirty = " with changes" if record["dirty"] else ""
-        lines.append(f"- run {run}, {record['date']}, {commit}{dirty}, {_versions(record)}: `{record['command']}`")
+        lines.append(f"- run {run}, {record['date']}, {_commit(record)}, {_versions(record)}: `{record['command']}`")
     return "\n".join(["Runs:", "", *lines, ""])
 
 

@@ -275,9 +275,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is kind
         and type(module.weight) in (nn.Parameter, Tensor)
-        and "forward" not in vars(module)  # how accelerate hooks
+        and "forward" not in vars(module)  # how Hugging Face's accelerate hooks
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()
     )
 
 

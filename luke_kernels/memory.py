@@ -26,7 +26,7 @@ def peak_memory_bytes(call: Callable[[], Any], device: torch.device) -> int | No
         ctypes.CDLL(None).malloc_trim(0)
         before = _status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM (man 5 proc)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # not Linux
         return None
     call()
     return max(_status_bytes("VmHWM") - before, 0)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from luke_kernels import EntityAwareSelfAttention, PackedLengths
+from luke_kernels.attention import project_joint
 
 HIDDEN, HEADS = 64, 4
 BATCH, WORDS, ENTITIES = 2, 11, 5
@@ -107,6 +108,25 @@ def test_paths_of_the_projections_agree(module, hidden):
     for a, b, c in zip(fused, in_place, called, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("how", ["gradients", "in place", "hooked"])
+@pytest.mark.parametrize("entity_aware", [True, False])
+@pytest.mark.parametrize("num_words", [HIDDEN // 2, 2 * HIDDEN])
+def test_joint_projections(num_words, entity_aware, how):
+    """Words and entities in one buffer get what they get apart; few tokens and many go different ways."""
+    module = EntityAwareSelfAttention(HIDDEN, HEADS, entity_aware=entity_aware)
+    hidden = torch.randn(num_words + 3, HIDDEN)
+    expected = module.project_words(hidden[:num_words]), module.project_entities(hidden[num_words:])
+    calls = []
+    if how == "hooked":
+        module.key.register_forward_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(how != "in place"):
+        projected = project_joint(module, hidden, num_words, HEADS, entity_aware, has_entities=True)
+    assert len(calls) == (how == "hooked")
+    for a, b in zip(projected, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert project_joint(module, hidden, num_words + 3, HEADS, entity_aware, has_entities=False)[1] is None
 
 
 @pytest.mark.parametrize("change", ["no_grad", "data", "storage"])

@@ -32,6 +32,24 @@ def test_readme():
     assert namespace["packed_contexts"][1].shape[1] == 768
 
 
+def test_links():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "luke_kernels/ops/README.md",
+    ]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.M)
+                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                assert anchor in anchors, f"{page.name}: {target}#{anchor}"
+
+
 def test_model():
     namespace = run_examples("docs/model.md", 1)
     assert namespace["logits"].shape == (3, 5)

@@ -1,13 +1,16 @@
 """transformers' LUKE on fused attention, in place.
 
-The encoder packs the batch, words first, and hands it to its layers as one long sequence of words (1, Tw + Te, C) with,
-in place of the attention mask, where the sequences lie. The layers run as they are, adapters, hooks and checkpointing
-included, save for the self-attention: it reads that, and falls back to transformers' code where a mask comes instead.
+The encoder packs the batch, words first, and hands it to its layers as one long sequence of words (1, Tw + Te, C), with
+where the sequences lie in place of the attention mask. The layers run as they are, adapters, hooks and checkpointing
+included. Only their self-attention reads that; where it gets a mask instead, it runs transformers' code.
 """
 
+import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.luke import modeling_luke as luke
 
@@ -18,11 +21,15 @@ from luke_kernels.ops.backends import check_name
 from luke_kernels.ops.layout import Layout
 from luke_kernels.packing import PackedLengths, pad
 
+# Before, the encoder and not its layers recomputed activations.
+if Version(transformers.__version__) < Version("4.57"):
+    raise ImportError(f"transformers must be 4.57 or later, got {transformers.__version__}")
+
 Module = TypeVar("Module", bound=nn.Module)
 
 UNDO = "luke_kernels.restore(model) undoes it"
-# What softmax turns to zero unless all keys of a query have it.
-EXCLUDES = -1e4
+# A score this low has no weight after softmax. The usual -10,000 is -9,984 in bfloat16.
+EXCLUDES = -9e3
 
 
 class PackedTokens(NamedTuple):
@@ -57,7 +64,8 @@ class PackedLukeSelfAttention(luke.LukeSelfAttention):
             self.use_entity_aware_attention,
             has_entities,
         )
-        dropout_p = self.dropout.p if self.training else 0.0
+        # The state of the module: some train with its dropout off, or draw with it on.
+        dropout_p = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
         return attend_joint(words, entities, layout, dropout_p, self.backend).flatten(-2)[None], None
 
 
@@ -65,7 +73,7 @@ class LeanLukeEntityEmbeddings(luke.LukeEntityEmbeddings):
     """Averages the positions of mentions without gathering them all, (B, E, M, C)."""
 
     def forward(self, entity_ids: Any, position_ids: Any, token_type_ids: Any = None) -> Tensor:
-        if not is_plain(self.position_embeddings, nn.Embedding):
+        if not (is_plain(self.position_embeddings, nn.Embedding) and _has_usual_gradient(self.position_embeddings)):
             return super().forward(entity_ids, position_ids, token_type_ids)
         entities = self.entity_embeddings(entity_ids)
         if self.config.entity_emb_size != self.config.hidden_size:
@@ -91,6 +99,8 @@ class PackedLukeEncoder(luke.LukeEncoder):
     ) -> Any:
         if head_mask is not None and any(mask is not None for mask in head_mask):
             raise ValueError(f"head_mask must be None in an accelerated model ({UNDO}), got {described(head_mask)}")
+        if torch.jit.is_tracing():
+            raise RuntimeError(f"an accelerated model must not be traced, for a trace keeps its lengths ({UNDO})")
         words, entities = word_hidden_states, entity_hidden_states
         if entities is None:
             entities = words[:, :0]
@@ -104,9 +114,10 @@ class PackedLukeEncoder(luke.LukeEncoder):
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
-            outputs.last_hidden_state = outputs.last_hidden_state * words_exist[..., None]
+            outputs.last_hidden_state = outputs.last_hidden_state.masked_fill(~words_exist[..., None], 0)
             if entity_hidden_states is not None:
-                outputs.entity_last_hidden_state = outputs.entity_last_hidden_state * entities_exist[..., None]
+                states = outputs.entity_last_hidden_state
+                outputs.entity_last_hidden_state = states.masked_fill(~entities_exist[..., None], 0)
             return outputs if return_dict else outputs.to_tuple()
 
         lengths = PackedLengths.from_lengths(*counts)
@@ -128,6 +139,10 @@ class PackedLukeEncoder(luke.LukeEncoder):
         return luke.BaseLukeModelOutput(last_hidden_state=words, entity_last_hidden_state=entities)
 
 
+def _has_usual_gradient(table: nn.Embedding) -> bool:
+    return table.padding_idx is None and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
+
+
 FAST = {
     luke.LukeEntityEmbeddings: LeanLukeEntityEmbeddings,
     luke.LukeEncoder: PackedLukeEncoder,
@@ -139,55 +154,76 @@ SLOW = {fast: slow for slow, fast in FAST.items()}
 def accelerate(model: Module, backend: str) -> Module:
     """Do what `luke_kernels.accelerate` says."""
     check_name(backend)
-    parts = _parts(model)
-    for part in parts:
-        if type(part) not in FAST and type(part) not in SLOW:
-            raise ValueError(f"model must have transformers' own encoder and embeddings, got a {type(part).__name__}")
-        if "forward" in vars(part):
-            raise ValueError(
-                f"model must be accelerated before its forwards are wrapped, got a wrapped {type(part).__name__}"
-            )
-        if isinstance(part, luke.LukeEncoder) and part.config.chunk_size_feed_forward:
-            raise ValueError(
-                "config.chunk_size_feed_forward must be 0, for a packed batch has no length to be cut by, got "
-                f"{part.config.chunk_size_feed_forward}"
-            )
-    for part in parts:
-        part.__class__ = FAST.get(type(part), type(part))
-        if isinstance(part, PackedLukeSelfAttention):
-            part.backend = backend
+    encoders = _encoders(model)
+    devices = getattr(model, "hf_device_map", {}).values()
+    if len(set(devices)) > 1:
+        raise ValueError(f"model must lie on one device, got a device_map over {', '.join(map(str, set(devices)))}")
+    for encoder in encoders:
+        _check_code(encoder, luke.LukeEncoder)
+        layer: Any
+        for layer in encoder.layer:
+            _check_code(layer, luke.LukeLayer)
+            _check_code(layer.attention, luke.LukeAttention)
+            _check_code(layer.attention.self, luke.LukeSelfAttention)
+            if type(layer.attention.self.dropout) not in (nn.Dropout, nn.Identity):
+                raise ValueError(f"attention must have nn.Dropout, got {type(layer.attention.self.dropout).__name__}")
+            if layer.chunk_size_feed_forward:
+                raise ValueError(
+                    "chunk_size_feed_forward must be 0, for a packed batch has no length to be cut by, got "
+                    f"{layer.chunk_size_feed_forward}"
+                )
     for module in model.modules():
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]
+        if isinstance(module, PackedLukeSelfAttention):
+            module.backend = backend
         if isinstance(module, luke.LukeForQuestionAnswering):
-            _unhook(module)
-            module.qa_outputs.register_forward_hook(_exclude_pads)
+            _hook_once(module._forward_pre_hooks, module.register_forward_pre_hook, _watch_answers)
     return model
 
 
 def restore(model: Module) -> Module:
     """Do what `luke_kernels.restore` says."""
-    for part in _parts(model):
-        if type(part) in SLOW:
-            vars(part).pop("backend", None)
-            part.__class__ = SLOW[type(part)]
-    _unhook(model)
+    _encoders(model)
+    for module in model.modules():
+        if isinstance(module, tuple(SLOW)) and type(module) not in SLOW:
+            raise ValueError(f"model must be as accelerate left it, got a {type(module).__name__}")
+    for module in model.modules():
+        if type(module) in SLOW:
+            vars(module).pop("backend", None)
+            module.__class__ = SLOW[type(module)]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (_exclude_pads, _watch_answers):
+                    del hooks[key]
     return model
 
 
-def _parts(model: nn.Module) -> list[nn.Module]:
-    """Return the modules to exchange: encoders, their self-attentions, embeddings of entities."""
+def _encoders(model: nn.Module) -> list[luke.LukeEncoder]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    parts = [module for module in model.modules() if isinstance(module, tuple(FAST))]
-    if not any(isinstance(part, luke.LukeEncoder) for part in parts):
+    encoders = [module for module in model.modules() if isinstance(module, luke.LukeEncoder)]
+    if not encoders:
         raise ValueError(f"model must be or contain a LukeModel of transformers, got {type(model).__name__}")
-    return parts
+    return encoders
 
 
-def _unhook(model: nn.Module) -> None:
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _exclude_pads:
-                del module._forward_hooks[key]
+def _check_code(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise unless transformers' own code stands between the tokens: other code would mix sequences."""
+    if type(module) not in (kind, FAST.get(kind)):
+        raise ValueError(f"model must have transformers' own {kind.__name__}, got {type(module).__name__}")
+    if "forward" in vars(module):
+        raise ValueError(f"model must be accelerated before its forwards are replaced, got one of {kind.__name__}")
+
+
+def _hook_once(hooks: Any, register: Any, hook: Any) -> None:
+    if hook not in hooks.values():
+        register(hook)
+
+
+def _watch_answers(model: Any, inputs: Any) -> None:
+    """Hook the head that there is now: peft and users replace it."""
+    _hook_once(model.qa_outputs._forward_hooks, model.qa_outputs.register_forward_hook, _exclude_pads)
 
 
 def _exclude_pads(head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
@@ -210,11 +246,19 @@ def _read_mask(mask: Tensor | None, words: Tensor, entities: Tensor) -> tuple[Te
     keys = mask[:, 0, 0].expand(batch, num_tokens)
     exists = keys == 0
     is_key_mask = (mask == mask[:, :, :1]).all() & (exists | (keys <= EXCLUDES)).all()
-    facts = [exists[:, :num_words].sum(dim=1), exists[:, num_words:].sum(dim=1), is_key_mask.view(1)]
-    *counts, is_key_mask = torch.cat(facts).tolist()
+    words_exist, entities_exist = exists[:, :num_words], exists[:, num_words:]
+    later = [(part.any(dim=1) & ~part[:, :1].any(dim=1)).any() for part in (words_exist, entities_exist)]
+    facts = [words_exist.sum(dim=1), entities_exist.sum(dim=1), torch.stack([is_key_mask, *later])]
+    *counts, is_key_mask, words_begin_later, entities_begin_later = torch.cat(facts).tolist()
     if not is_key_mask:
         raise ValueError(
             "attention_mask must say which tokens exist, the same for all queries, by 0 and 1, in an accelerated model "
             f"({UNDO}), got one that differs between queries or has other values"
+        )
+    if words_begin_later or entities_begin_later:
+        warnings.warn(
+            "attention_mask leaves out the first column of a sequence, as padding on the left does: in an accelerated "
+            "model its states are zero, so that heads which read the first word or entity read nothing",
+            stacklevel=2,
         )
     return exists, (counts[:batch], counts[batch:])

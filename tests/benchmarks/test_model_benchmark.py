@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from benchmarks import batches, cases, encoders, measure, model, records, report, texts
+from benchmarks import batches, cases, console, encoders, measure, model, records, report, texts
 
 CPU = torch.device("cpu")
 CONFIG = encoders.config_of("tiny")
@@ -198,8 +198,11 @@ def test_real_texts_are_skipped_without_data(monkeypatch, capsys, tmp_path):
 
     monkeypatch.delenv("LUKE_KERNELS_DATA", raising=False)
     monkeypatch.setattr(__main__, "MAIN_DTYPES", ())
-    __main__.model(size="tiny", case=["conll-1"], out=tmp_path / "none.jsonl")
+    monkeypatch.setattr("benchmarks.batches.DEVICE_BATCHES", {"cpu": ("conll-1",)})
+    __main__.model(size="tiny", out=tmp_path / "none.jsonl")
     assert "conll-1: skipped, LUKE_KERNELS_DATA must name the folder of data sets, got ''" in capsys.readouterr().out
+    with pytest.raises(console.CommandError, match="case conll-1 must have its data"):
+        __main__.model(size="tiny", case=["conll-1"], out=tmp_path / "none.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -231,12 +234,14 @@ def test_readme_block():
         record("luke_kernels", None, gate="wrong"),
         record("transformers", 30.0, dtype="bfloat16"),
         record("luke_kernels", 60.0, dtype="bfloat16"),
+        record("transformers", 30.0, dtype="bfloat16", case="3x2x1"),
+        record("luke_kernels", None, dtype="bfloat16", case="3x2x1", gate="wrong"),
         record("transformers", 1.0, size="tiny", case="9x9x9"),
     ]
     block = report.readme_block(found)
     assert "| 1x2x1 | 1,200 (3,000) | 30 ms, 3 MiB | 1.50x, 3 MiB | wrong |  |" in block
-    assert "LUKE base, float32, cpu: x, torch 9, commit cccccccccccc." in block
-    assert "In bfloat16, `luke_kernels` is 0.50x to 0.50x as fast." in block
+    assert "LUKE base, float32, cpu: x; torch 9, commit cccccccccccc." in block
+    assert "In bfloat16, `luke_kernels` is 0.50x to 0.50x as fast, 1 of 2 cases without a time." in block
     assert "9x9x9" not in block
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import warnings
+from contextlib import nullcontext
 
 import luke_cases
 import pytest
@@ -13,8 +15,6 @@ import luke_kernels
 from luke_kernels import accelerate, restore
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = luke_cases.NEEDS_DATA
-
 # Old names that transformers 4 and peft call things by.
 OLD_NAMES = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
 
@@ -80,10 +80,20 @@ def test_backends(backend):
 
 @pytest.mark.parametrize("padding", luke_cases.PADDINGS)
 def test_masks_of_any_pattern(padding):
+    """Where a first column does not exist, heads that read it are warned of."""
     eager, fast = eager_and_fast("LukeModel")
     inputs = small_inputs(padding)
-    with torch.no_grad():
+    warns = pytest.warns(match="leaves out the first column") if padding == "left" else nullcontext()
+    with torch.no_grad(), warns:
         assert_same_where_tokens_exist(fast(**inputs), eager(**inputs), inputs)
+
+
+def test_entities_that_begin_later():
+    _, fast = eager_and_fast("LukeModel")
+    inputs = small_inputs()
+    inputs["entity_attention_mask"][0] = torch.tensor([0, 1, 1, 0])
+    with pytest.warns(UserWarning, match="leaves out the first column"):
+        fast(**inputs)
 
 
 def test_sequence_without_tokens():
@@ -121,7 +131,7 @@ def test_positions_of_mentions(positions):
     torch.testing.assert_close(fast.entity_embeddings(ids, at, types), expected, rtol=0, atol=1e-6)
 
 
-def test_no_masks_and_tuples():
+def test_no_masks():
     eager, fast = eager_and_fast("LukeModel")
     inputs = {name: value for name, value in small_inputs("none").items() if not name.endswith("mask")}
     with torch.no_grad():
@@ -147,23 +157,41 @@ def test_layers_get_tokens_that_exist_and_the_mask_is_read_once(monkeypatch):
     assert len(reads) == 1
 
 
-@pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("asked", [{"output_attentions": True}, {"output_hidden_states": True}])
-def test_attentions_and_hidden_states_are_eager(asked, return_dict):
+def test_attentions_and_hidden_states_are_eager(asked):
     eager, fast = eager_and_fast("LukeModel")
     inputs = small_inputs()
     with torch.no_grad():
-        got, expected = (model(**inputs, **asked, return_dict=return_dict) for model in (fast, eager))
+        got, expected = (model(**inputs, **asked) for model in (fast, eager))
         plain = fast(**inputs)
-    if not return_dict:
-        assert len(got) == len(expected)
-        return
     assert_same_where_tokens_exist(got, expected, inputs)
     assert torch.equal(got.last_hidden_state == 0, plain.last_hidden_state == 0)
     names = ["attentions"] if "output_attentions" in asked else ["hidden_states", "entity_hidden_states"]
     for name in names:
         for a, b in zip(got[name], expected[name], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_attentions": True}, {"output_hidden_states": True}])
+def test_tuples(asked):
+    eager, fast = eager_and_fast("LukeModel")
+    inputs = small_inputs("none")
+    with torch.no_grad():
+        got, expected = (model(**inputs, **asked, return_dict=False) for model in (fast, eager))
+    assert [isinstance(value, tuple) for value in got] == [isinstance(value, tuple) for value in expected]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_sequence_without_tokens_beside_hidden_states():
+    """transformers' code gives NaN there where the mask is of -inf."""
+    _, fast = eager_and_fast("LukeModel")
+    words = torch.randn(luke_cases.BATCH, luke_cases.WORDS, 32)
+    mask = torch.zeros(luke_cases.BATCH, 1, 1, luke_cases.WORDS)
+    mask[1] = -torch.inf
+    states = fast.encoder(words, None, attention_mask=mask, output_hidden_states=True).last_hidden_state
+    assert not states[1].any()
+    assert states[0].all()
 
 
 def test_answers_beside_attentions():
@@ -225,7 +253,7 @@ def test_restore(head):
     assert restored is fast
     assert [type(m) for m in restored.modules()] == [type(m) for m in eager.modules()]
     assert [vars(m).keys() for m in restored.modules()] == [vars(m).keys() for m in eager.modules()]
-    assert not any(m._forward_hooks for m in restored.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in restored.modules())
     batch = encode(head.task)
     labels = head.labels(batch)
     results = [run(model, head, batch, labels) for model in (restored, eager)]
@@ -243,7 +271,7 @@ def test_accelerating_again_sets_the_backend():
     _, fast = eager_and_fast("LukeForQuestionAnswering")
     assert accelerate(fast, "reference") is fast
     assert {m.backend for m in fast.modules() if hasattr(m, "backend")} == {"reference"}
-    assert len(fast.qa_outputs._forward_hooks) == 1
+    assert len(fast._forward_pre_hooks) == 1
 
 
 @BY_NAME
@@ -289,22 +317,51 @@ def test_hooks():
 @OLD_NAMES
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant):
-    head = HEADS[3]
-    _, fast = eager_and_fast(head.name)
-    batch = encode(head.task)
-    labels = head.labels(batch)
+    """The same gradients, dropout included: what is computed again draws the same numbers."""
+    _, fast = eager_and_fast("LukeModel")
+    for module in fast.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    inputs = small_inputs()
+
+    def gradients() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        fast.zero_grad(set_to_none=True)
+        fast(**inputs).last_hidden_state.square().sum().backward()
+        return {name: parameter.grad for name, parameter in fast.named_parameters() if parameter.grad is not None}
+
     fast.train()
-    run(fast, head, batch, labels).loss.backward()
-    expected = {name: copy.copy(parameter.grad) for name, parameter in fast.named_parameters()}
-    fast.zero_grad(set_to_none=True)
-    calls = []
+    expected, calls = gradients(), []
     fast.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    fast.luke.encoder.layer[0].attention.self.key.register_forward_hook(lambda *_: calls.append(1))
-    run(fast, head, batch, labels).loss.backward()
+    fast.encoder.layer[0].attention.self.key.register_forward_hook(lambda *_: calls.append(1))
+    got = gradients()
     assert len(calls) == 2  # forward and recomputed
-    for name, parameter in fast.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, on itself
+def test_compiled():
+    """Batches of other lengths and sizes, with gradients."""
+    eager, fast = eager_and_fast("LukeModel")
+    compiled = torch.compile(fast, backend="aot_eager")
+    for padding in ("right", "none", "right"):
+        inputs = small_inputs(padding)
+        assert_same_where_tokens_exist(compiled(**inputs), eager(**inputs), inputs)
+    compiled(**inputs).last_hidden_state.sum().backward()
+    got = fast.encoder.layer[0].attention.self.w2e_query.weight.grad.clone()
+    fast.zero_grad()
+    fast(**inputs).last_hidden_state.sum().backward()
+    torch.testing.assert_close(got, fast.encoder.layer[0].attention.self.w2e_query.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_traces_are_refused():
+    _, fast = eager_and_fast("LukeModel")
+    inputs = small_inputs()
+    with pytest.raises(RuntimeError, match="must not be traced"):
+        torch.jit.trace(fast, (inputs["input_ids"], inputs["attention_mask"]), strict=False)
 
 
 def test_dropout_draws_in_training_only():
@@ -322,6 +379,16 @@ def test_dropout_draws_in_training_only():
     fast.train()
     assert torch.equal(states(), states())
     assert not torch.allclose(states(), expected, atol=1e-2)
+    for layer in fast.encoder.layer:
+        layer.attention.self.dropout.eval()
+    assert torch.equal(states(), expected)
+    fast.eval()
+    for layer in fast.encoder.layer:  # Monte Carlo dropout
+        layer.attention.self.dropout.train()
+    assert not torch.allclose(states(), expected, atol=1e-2)
+    for layer in fast.encoder.layer:
+        layer.attention.self.dropout = nn.Identity()
+    assert torch.equal(accelerate(fast).train()(**inputs).last_hidden_state, expected)
 
 
 def test_half_precision():
@@ -363,11 +430,6 @@ def test_encoder_inside_another_model():
 
 
 def test_bad_models():
-    from transformers.models.luke.modeling_luke import LukeEncoder
-
-    class Another(LukeEncoder):
-        """With code of its own."""
-
     eager, _ = pair_of_models("LukeModel", "tiny")
     with pytest.raises(ValueError, match="must be or contain a LukeModel of transformers, got Linear"):
         accelerate(nn.Linear(2, 2))
@@ -377,20 +439,81 @@ def test_bad_models():
         accelerate("studio-ousia/luke-base")
     with pytest.raises(ValueError, match="backend must be"):
         accelerate(eager, "cuda3")
-    wrapped = copy.deepcopy(eager)
-    wrapped.encoder.forward = lambda *args, **kwargs: None
-    with pytest.raises(ValueError, match="accelerated before its forwards are wrapped, got a wrapped LukeEncoder"):
-        accelerate(wrapped)
-    other = copy.deepcopy(eager)
-    other.encoder.__class__ = Another
-    with pytest.raises(ValueError, match="own encoder and embeddings, got a Another"):
-        accelerate(other)
-    chunked = copy.deepcopy(eager)
-    chunked.config.chunk_size_feed_forward = 2
+    eager.hf_device_map = {"encoder.layer.0": "cpu", "encoder.layer.1": "meta"}
+    with pytest.raises(ValueError, match="must lie on one device"):
+        accelerate(eager)
+    del eager.hf_device_map
+    with pytest.raises(ValueError, match="must be or contain a LukeModel"):
+        restore(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "path", ["encoder", "encoder.layer.1", "encoder.layer.1.attention", "encoder.layer.1.attention.self"]
+)
+def test_code_that_is_not_transformers_own(path):
+    """It would get a packed batch and mix its sequences."""
+    eager, _ = pair_of_models("LukeModel", "tiny")
+    for model in (copy.deepcopy(eager), eager):
+        module = model.get_submodule(path)
+        if model is eager:
+            module.forward = lambda *args, **kwargs: None
+            message = f"accelerated before its forwards are replaced, got one of {type(module).__name__}"
+        else:
+            module.__class__ = type("Another", (type(module),), {})
+            message = "model must have transformers' own Luke.*, got Another"
+        with pytest.raises(ValueError, match=message):
+            accelerate(model)
+        assert not any(type(m).__name__.startswith(("Packed", "Lean")) for m in model.modules())
+
+
+def test_attention_of_another_kind():
+    eager, _ = pair_of_models("LukeModel", "tiny")
+    eager.encoder.layer[0].attention.self = nn.Identity()
+    with pytest.raises(ValueError, match="own LukeSelfAttention, got Identity"):
+        accelerate(eager)
+    eager, _ = pair_of_models("LukeModel", "tiny")
+    eager.encoder.layer[0].attention.self.dropout = nn.AlphaDropout()
+    with pytest.raises(ValueError, match=r"must have nn.Dropout, got AlphaDropout"):
+        accelerate(eager)
+
+
+def test_feed_forward_in_chunks():
+    chunked, _ = pair_of_models("LukeModel", "tiny")
+    chunked.encoder.layer[1].chunk_size_feed_forward = 2
     with pytest.raises(ValueError, match="chunk_size_feed_forward must be 0"):
         accelerate(chunked)
-    for model in (wrapped, other, chunked):
-        assert not any(type(m).__name__.startswith("Packed") for m in model.modules())
+
+
+def test_restore_of_a_class_made_since():
+    """As fully_shard makes them."""
+    _, fast = eager_and_fast("LukeModel")
+    fast.encoder.__class__ = type("FSDPPackedLukeEncoder", (type(fast.encoder),), {})
+    with pytest.raises(ValueError, match="must be as accelerate left it, got a FSDPPackedLukeEncoder"):
+        restore(fast)
+
+
+@pytest.mark.parametrize("changes", ["replaced", "peft"])
+def test_answers_of_a_head_that_was_replaced(changes):
+    inputs = {name: value for name, value in small_inputs().items() if not name.startswith("entity")}
+    absent = inputs["attention_mask"] == 0
+    _, fast = eager_and_fast("LukeForQuestionAnswering")
+    if changes == "replaced":
+        fast.qa_outputs = nn.Linear(32, 2)
+    else:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        adapters = peft.LoraConfig(target_modules=["query"], modules_to_save=["qa_outputs"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.get_peft_model(restore(fast), adapters)
+        assert (accelerate(adapted)(**inputs).start_logits[absent] < -1e30).all()
+        fast = adapted.merge_and_unload()
+    for model in (fast, copy.deepcopy(fast)):
+        logits = model(**inputs).start_logits
+        assert (logits[absent] < -1e30).all()
+        assert (logits[~absent] > -1e30).all()
+    restored = restore(fast)
+    assert (restored(**inputs).start_logits > -1e30).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in restored.modules())
 
 
 # Of training

@@ -2,7 +2,6 @@
 
 import copy
 
-import luke_cases
 import pytest
 import torch
 from parity_cases import (
@@ -19,8 +18,6 @@ from parity_cases import (
 )
 
 from luke_kernels import PackedBatch
-
-pytestmark = luke_cases.NEEDS_DATA
 
 
 @pytest.mark.parametrize("entity_aware", [True, False])
