@@ -37,7 +37,7 @@ RENAMES = (
     (r"^cls\.predictions\.transform\.LayerNorm\.", "lm_head.layer_norm."),
     (r"^cls\.predictions\.(bias|decoder\.)", r"lm_head.\1"),
 )
-# Buffers of old versions, and heads that LUKE has not.
+# Buffers of old versions, and heads that LUKE does not have.
 IGNORED = re.compile(r"\.position_ids$|^cls_entity_predictions\.|^cls\.seq_relationship\.")
 ENTITY_PARTS = re.compile(r"^(luke\.entity_embeddings|entity_predictions)\.")
 HEADS = re.compile(r"^(lm_head|entity_predictions|classifier|qa_outputs)\.|^luke\.pooler\.")
@@ -54,18 +54,35 @@ ENTITY_POSITIONS = "luke.entity_embeddings.position_embeddings.weight"
 WORD_DECODER = "lm_head.decoder.weight"
 ENTITY_DECODER = "entity_predictions.decoder.weight"
 ENTITY_BIAS = "entity_predictions.bias"
-# What has a row for each word.
+# Tensors with one row per word.
 WORD_ROWS = (WORDS, WORD_DECODER, "lm_head.bias", "lm_head.decoder.bias")
+# Encoders on the hub, by their number of words and hidden size.
+HUB_ENCODERS = {
+    (50265, 768): "roberta-base",
+    (50265, 1024): "roberta-large",
+    (250002, 768): "xlm-roberta-base",
+    (250002, 1024): "xlm-roberta-large",
+}
 # "@" and "#" in RoBERTa's vocabulary, which archives of the original repository do not hold.
 ROBERTA_MARKERS = (1039, 10431)
 SAVED_WEIGHTS = re.compile(r"model(-[0-9a-f]{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def kind_of(source: Source) -> str:
-    """Return what a checkpoint is of: "original", "encoder", or "luke", which is ours and transformers'."""
+    """Return the kind of a checkpoint: "original", "encoder", or "luke", which is ours and transformers'.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the config is of another model.
+    """
     if _is_original(source):
         return "original"
-    return "encoder" if read_json(source.directory / "config.json").get("model_type") in ENCODERS else "luke"
+    model_type = read_json(source.directory / "config.json").get("model_type", "luke")
+    if model_type not in ("luke", "mluke", *ENCODERS):
+        raise ValueError(
+            f"{source.name} must be a LUKE or a roberta, xlm-roberta or bert encoder, got model_type {model_type!r}"
+        )
+    return "encoder" if model_type in ENCODERS else "luke"
 
 
 def read_config(source: Source, changes: dict[str, Any]) -> LukeConfig:
@@ -164,10 +181,10 @@ def load(
     """Fill a model that lies on the meta device.
 
     Args:
-        name: What errors call the checkpoint.
+        name: Name of the checkpoint in errors.
         stored: Its tensors.
-        entities_are_new: Whether it comes from an encoder without entities: what it lacks of them is drawn, and its
-            classifier, which is of another task, left.
+        entities_are_new: Whether it comes from an encoder without entities: the entity parts it lacks are drawn, and
+            its classifier, which is of another task, is left out.
 
     Raises:
         ValueError: tensors are missing or of other shapes; one message names them all. Or one holds no floats.
@@ -193,7 +210,7 @@ def load(
             if key in stored and stored[key].shape != tuple(parameter.shape)
         ],
     }
-    # Another head's weights have no place here, and nobody expects them to.
+    # Weights of another head are left out without notice.
     surplus = [key for key in stored if key not in wanted | aliases and not HEADS.search(rename(key))]
     notes = {"new, to be trained": sorted(fresh), "unexpected, left out": surplus}
     if any(problems.values()):
@@ -297,25 +314,39 @@ def save(model: "LukePreTrainedModel", directory: str | Path, max_shard_size: in
     if hasattr(model, "lm_head"):
         # transformers 5 does not tie the word decoder: without a copy of its own it would be random there.
         for alias in (WORD_DECODER, "lm_head.decoder.bias"):
-            state[alias] = model.get_parameter(alias).detach().clone()
+            state[alias] = model.get_parameter(alias).detach()
         if not model.config.tie_word_embeddings:
-            state[ENTITY_DECODER] = model.get_parameter(ENTITY_DECODER).detach().clone()
+            state[ENTITY_DECODER] = model.get_parameter(ENTITY_DECODER).detach()
     write(state, _config_of(model), directory, max_shard_size)
 
 
+def check_shard_size(value: int | str) -> int | str:
+    """Return a size as huggingface_hub takes it: a number of bytes as an int.
+
+    Raises:
+        ValueError: it is neither a positive number of bytes nor like 5GB.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[1-9]\d*", value, re.ASCII):
+        return int(value)
+    if (type(value) is int and value > 0) or (isinstance(value, str) and re.fullmatch(r"[1-9]\d*[KMGT]B", value)):
+        return value
+    raise ValueError(f"max_shard_size must be a number of bytes or like 5GB, got {value!r}")
+
+
 def write(state: dict[str, Tensor], config: dict[str, Any], directory: str | Path, max_shard_size: int | str) -> None:
-    """Write config.json and tensors as safetensors aside, then move them into place."""
+    """Write config.json and tensors as safetensors aside, then move them into place; tied tensors are all written."""
     from huggingface_hub import save_torch_state_dict
 
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a directory, got the file {directory}")
-    if not (
-        (type(max_shard_size) is int and max_shard_size > 0)
-        or (isinstance(max_shard_size, str) and re.fullmatch(r"[1-9]\d*([KMGT]B)?", max_shard_size))
-    ):
-        raise ValueError(f"max_shard_size must be a number of bytes or like 5GB, got {max_shard_size!r}")
-    # Beside where they go, so that moving them is renaming; what fails before leaves nothing.
+    max_shard_size = check_shard_size(max_shard_size)
+    # Of tensors that share memory huggingface_hub writes one.
+    names_by_address: dict[int, str] = {}
+    for name, tensor in state.items():
+        names_by_address.setdefault(tensor.data_ptr(), name)
+    state = {name: t if names_by_address[t.data_ptr()] == name else t.clone() for name, t in state.items()}
+    # On the file system of `directory`, so that files can be renamed into it; an error before that leaves nothing.
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=existing) as aside:
         # Shards get names that no checkpoint in `directory` has: an index always names shards of its own.
@@ -327,10 +358,10 @@ def write(state: dict[str, Tensor], config: dict[str, Any], directory: str | Pat
             if (Path(aside) / entry).exists():
                 os.rename(Path(aside) / entry, Path(aside) / re.sub(r"-[0-9a-f]{8}", "", entry))
         (Path(aside) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # safetensors lets nobody but the owner read.
+        # safetensors makes files that only their owner may read.
         mode = stat.S_IMODE((Path(aside) / "config.json").stat().st_mode)
         directory.mkdir(parents=True, exist_ok=True)
-        # Shards, then what names them: whoever comes between finds the weights of the old checkpoint or the new.
+        # Shards before the files that name them: a reader in between finds the old weights or the new ones.
         names = sorted(os.listdir(aside), key=lambda name: ("-of-" not in name, name == "config.json"))
         for name in names:
             (Path(aside) / name).chmod(mode)
@@ -356,12 +387,23 @@ def as_original(model: "LukePreTrainedModel") -> tuple[dict[str, Tensor], dict[s
 
     Raises:
         ValueError: the words are not RoBERTa's: the original repository would count their positions otherwise.
+
+    Warns:
+        UserWarning: the config does not name the encoder on the hub, whose tokenizer the original repository loads.
     """
     values = _config_of(model)
     encoder = values.setdefault("bert_model_name", "roberta" if model.config.pad_token_id == 1 else "bert")
     if "roberta" not in str(encoder):
         raise ValueError(
             f"to must be luke or encoder for a LUKE whose words are no RoBERTa's, got original of {encoder}"
+        )
+    if encoder in ("roberta", "xlm-roberta"):  # its kind alone, as of an encoder from a folder
+        encoder = HUB_ENCODERS.get((values["vocab_size"] - 2, values["hidden_size"]), encoder)
+        values["bert_model_name"] = encoder
+        warnings.warn(
+            f"bert_model_name in metadata.json is {encoder!r}, inferred from the model's sizes: it must be the hub id "
+            "of the encoder whose tokenizer the model uses",
+            stacklevel=3,
         )
     state = _named(model)
     queries = {name: query for name in state if (query := query_of(name)) is not None}
@@ -396,8 +438,6 @@ def as_encoder(model: "LukePreTrainedModel", has_markers: bool) -> tuple[dict[st
     if has_markers:
         values["vocab_size"] -= 2
         state = _without_markers(state)
-    if "lm_head.decoder.bias" in state:  # which transformers 5 does not tie where words are not tied
-        state["lm_head.decoder.bias"] = state["lm_head.decoder.bias"].clone()
     prefix = "roberta." if head == "ForMaskedLM" else ""
     return {re.sub(r"^luke\.", prefix, name): tensor for name, tensor in state.items()}, values
 
@@ -446,7 +486,7 @@ def start_from_encoder(
         "pad_token_id": pad,
         "vocab_size": values["vocab_size"] + 2,
         "entity_vocab_size": entity_vocab_size,
-        # As LUKE's configs name their encoder; a folder says nothing elsewhere.
+        # As LUKE's configs name their encoder; the path of a folder means nothing on other machines.
         "bert_model_name": model_type if Path(source.name).exists() else source.name,
         "max_position_embeddings": values["max_position_embeddings"] + shift,
     }

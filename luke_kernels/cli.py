@@ -8,6 +8,8 @@ from rich.console import Console
 
 from luke_kernels.version import __version__
 
+DTYPES = ("float16", "bfloat16", "float32")
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -61,17 +63,14 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
 ) -> None:
     """Convert a checkpoint, and its tokenizer, to LUKE, to the original repository's LUKE, or to its word encoder."""
-    import torch
-
     from luke_kernels.convert import convert
 
-    chosen: Any = None if dtype is None else getattr(torch, dtype, dtype)
     conversion = convert(
         source,
         output,
         to=to,
         entity_vocab=entity_vocab,
-        dtype=chosen,
+        dtype=_dtype(dtype),
         max_shard_size=max_shard_size,
         revision=revision,
     )
@@ -85,21 +84,18 @@ def encode(
     ],
     output: Annotated[str, typer.Argument(help="A .jsonl file, or a directory of safetensors.")],
     model: Annotated[str, typer.Option(help="A checkpoint of LUKE, on disk or on the hub.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Its tokenizer, where it lies elsewhere.")] = None,
-    layer: Annotated[int, typer.Option(help="Whose output: 0 for the embeddings, -1 for the last.")] = -1,
-    max_tokens: Annotated[int, typer.Option(help="Words and entities of a batch.")] = 8192,
+    tokenizer: Annotated[str | None, typer.Option(help="Its tokenizer, if it is elsewhere.")] = None,
+    layer: Annotated[int, typer.Option(help="Which layer's output: 0 for the embeddings, -1 for the last.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Most words and entities of a batch.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else as stored.")] = None,
     truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts longer than the model takes.")] = False,
-    shard_size: Annotated[int, typer.Option(help="Texts of a file of safetensors.")] = 1000,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")] = False,
+    shard_size: Annotated[int, typer.Option(help="Texts per file of safetensors.")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an output that was interrupted.")] = False,
 ) -> None:
     """Encode texts: the vectors of their words and entities."""
-    import torch
-
     from luke_kernels.vector_files import encode_file
 
-    chosen: Any = None if dtype is None else getattr(torch, dtype, dtype)
     try:
         encode_file(
             texts,
@@ -109,20 +105,28 @@ def encode(
             layer=layer,
             max_tokens=max_tokens,
             device=device,
-            dtype=chosen,
+            dtype=_dtype(dtype),
             truncation=truncation,
             shard_size=shard_size,
             resume=resume,
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; run the same command with --resume to continue", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name is None else getattr(torch, name)
 
 
 def main() -> None:
     """Run the command line; an error goes to stderr as `error: ...`, with exit code 2.
 
-    With --debug, before or behind the command, it is raised.
+    With --debug, before or after the command, it is raised.
     """
     arguments = sys.argv[1:]
     try:

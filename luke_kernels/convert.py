@@ -46,11 +46,14 @@ class Conversion:
     """What `convert` found and wrote; as a str, in words.
 
     Args:
+        source: Directory, archive or hub id, as given.
         kind: What the source is, a key of `KINDS`.
+        output: Absolute path of the directory or archive that was written.
         architecture: Class of the model in the output.
-        num_parameters: Their number in the output.
-        tokenizer: What became of the tokenizer.
-        sizes_bytes: What was written, by name.
+        num_parameters: Number of parameters in the output; shared ones count once.
+        dtype: Dtype of the weights in the output.
+        tokenizer: Size of the tokenizer, or why there is none.
+        sizes_bytes: Size of each file that was written, by name.
     """
 
     source: str
@@ -94,24 +97,26 @@ def convert(
 
     Args:
         source: Directory, archive or hub id: LUKE of any origin, or an encoder, RoBERTa, XLM-RoBERTa or BERT.
-        output: Directory, new or empty; for "original" also a .tar.gz.
+        output: Directory, new or empty, an empty one is filled as it is; for "original" also a new .tar.gz.
         to: "luke", for us and transformers; "original", for studio-ousia/luke; "encoder", the words alone as a RoBERTa
             of transformers, without entities and markers.
-        entity_vocab: File of titles as `read_entity_vocab` takes it; for an encoder, and only there.
+        entity_vocab: File of titles as `read_entity_vocab` takes it, [PAD], [UNK] and [MASK] among them; required for
+            an encoder, refused for a LUKE.
         dtype: float16, bfloat16 or float32; None: as stored.
         max_shard_size: As in `LukePreTrainedModel.save_pretrained`; for "original" there is one file.
         revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or for "original" no entity vocabulary.
-        ValueError: `output` exists, an argument does not fit the source, or the checkpoint is malformed.
+        ValueError: `output` exists and is no empty directory, an argument does not fit the source, or the checkpoint
+            or `entity_vocab` is malformed.
         Nothing is written then.
 
     Warns:
-        UserWarning: weights of the source have no place in the output.
+        UserWarning: weights of the source have no place in the output, or `checkpoint.as_original` warns.
     """
     output = Path(output).resolve()
-    _check(output, to, dtype)
+    _check(output, to, dtype, max_shard_size)
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -126,7 +131,7 @@ def convert(
         if to == "original":
             _check_entities(opened.name, entities, config.entity_vocab_size)
         model = _load(opened.name, config, tensors, dtype, entities_are_new=kind == "encoder")
-        tokenizer, told = None, "none, the original repository takes that of bert_model_name"
+        tokenizer, told = None, "none, the original repository loads that of bert_model_name"
         if to != "original":
             tokenizer, told = _tokenizer(folder, entities, config, is_new=kind == "encoder")
             told = told.replace(str(folder), opened.name)
@@ -166,11 +171,12 @@ def convert(
     )
 
 
-def _check(output: Path, to: str, dtype: torch.dtype | None) -> None:
+def _check(output: Path, to: str, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
     if to not in KINDS:
         raise ValueError(f"to must be one of {', '.join(KINDS)}, got {to!r}")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    checkpoints.check_shard_size(max_shard_size)
     if output.name.endswith(ARCHIVES) and not (to == "original" and output.name.endswith(ARCHIVE)):
         raise ValueError(f"output must be a directory, or for original a {ARCHIVE}, got {output}")
     if output.exists() and (not output.is_dir() or output.name.endswith(ARCHIVE) or any(output.iterdir())):
@@ -200,7 +206,11 @@ def _read(
     if entity_vocab is not None:
         titles = read_entity_vocab(entity_vocab)
         entities = _with_specials(titles, max(titles.values(), default=-1) + 1)
-        config, tensors = checkpoints.start_from_encoder(source, None, max(entities.values(), default=0) + 1, {})
+        if missing := [title for title in SPECIAL_TITLES[:3] if title not in entities]:
+            raise ValueError(
+                f"{entity_vocab} must hold the titles [PAD], [UNK] and [MASK], got no {', '.join(missing)}"
+            )
+        config, tensors = checkpoints.start_from_encoder(source, None, max(entities.values()) + 1, {})
         return config, tensors, entities
     config, tensors = checkpoints.read_config(source, {}), checkpoints.read_tensors(source)
     try:
@@ -257,7 +267,7 @@ def _empty_model(config: LukeConfig, tensors: checkpoints.Tensors, entities_are_
 def _tokenizer(
     folder: Path, entities: dict[str, int], config: LukeConfig, is_new: bool
 ) -> tuple[LukeTokenizer | None, str]:
-    """Return the tokenizer of a folder with these entities, or None; and what to tell about it."""
+    """Return the tokenizer of a folder with these entities, or None; and a description of it for the user."""
     try:
         tokenizer = LukeTokenizer.from_pretrained(folder, entity_vocab=entities or None)
     except (FileNotFoundError, NotImplementedError) as error:
@@ -286,7 +296,7 @@ def _write_original(folder: Path, state: dict[str, Tensor], metadata: dict[str, 
 
 
 def _entity_lines(entities: dict[str, int]) -> Iterable[str]:
-    """Yield an entity a line; titles of several languages apart from these, specials in every language."""
+    """Yield one line per entity; titles that all name a language are split from it, specials get every language."""
     matches = {title: IN_LANGUAGE.fullmatch(title) for title in entities if title not in SPECIAL_TITLES}
     languages = {match[1] if match else None for match in matches.values()}
     if None in languages or not languages:
@@ -312,8 +322,9 @@ def _warn_of_mask2(model: LukePreTrainedModel, entities: dict[str, int]) -> None
 
 @contextlib.contextmanager
 def _aside(output: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes `output`, or is packed into it, once all is there."""
-    existing = next(parent for parent in output.parents if parent.is_dir())
+    """Yield a folder to fill; then move its files into `output`, make it `output`, or pack it into one."""
+    # An existing directory keeps its owner and mode, may be mounted or entered by a shell: it must not be replaced.
+    existing = next(path for path in (output, *output.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=existing) as aside:
         folder = ready = Path(aside) / "folder"
         folder.mkdir()
@@ -324,5 +335,13 @@ def _aside(output: Path) -> Iterator[Path]:
             with tarfile.open(ready, "w:gz", compresslevel=1, format=tarfile.GNU_FORMAT) as archive:
                 for path in sorted(folder.iterdir()):
                     archive.add(path, arcname=path.name)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(ready, output)
+        if existing == output:
+            with contextlib.ExitStack() as undo:
+                # config.json last: without it there is no checkpoint yet.
+                for path in sorted(folder.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+                    os.replace(path, output / path.name)
+                    undo.callback((output / path.name).unlink)
+                undo.pop_all()
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(ready, output)

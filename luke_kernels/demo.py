@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from luke_kernels.config import LukeConfig
+from luke_kernels.encode import choose_device
 from luke_kernels.integrations import accelerate
 from luke_kernels.memory import peak_memory_bytes
 from luke_kernels.model import LukeModel
@@ -77,7 +78,7 @@ def run(console: Console, name_or_path: str | None = None, device: str = "auto")
         ValueError: there is no such device.
         FileNotFoundError, ValueError: as in `LukeModel.from_pretrained`.
     """
-    model, tokenizer = _load(name_or_path, _device(device))
+    model, tokenizer = _load(name_or_path, choose_device(device))
     texts = sentences()
     encodings = tokenizer(
         [text["text"] for text in texts],
@@ -121,14 +122,6 @@ def nearest(vectors: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     cosines = directions @ directions.T
     values, indices = cosines.masked_fill(owners[:, None] == owners, -torch.inf).max(dim=1)
     return values, indices
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"device must be auto, cpu, or cuda where torch sees a GPU, got {name!r}")
-    return torch.device(name)
 
 
 def _load(name_or_path: str | None, device: torch.device) -> tuple[LukeModel, LukeTokenizer]:

@@ -1,4 +1,4 @@
-"""Texts -> vectors of their words and entities, in order, at full load."""
+"""Texts -> vectors of their words and entities, in order, in packed batches of texts of similar length."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -17,14 +17,14 @@ from luke_kernels.model import LukePreTrainedModel
 from luke_kernels.packing import PackedBatch
 from luke_kernels.tokenizer import LukeEncoding, LukeTokenizer
 
-# Batches read ahead, so that texts of like lengths go together: sdpa gains by it, the other backends lose nothing.
+# Batches read ahead, so that texts of similar length go together: sdpa gains by it, the other backends lose nothing.
 WINDOW_BATCHES = 4
 
 _END = object()
 
 
 class Text(NamedTuple):
-    """A text to encode, as `LukeTokenizer` takes it; errors call it `name`."""
+    """A text to encode, as `LukeTokenizer` takes it; errors name it by `name`."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TextVectors:
-    """The vectors of a text: W words, E entities, of size C. Tensors lie on the CPU and have memory of their own.
+    """The vectors of a text: W words, E entities, of size C. Tensors are on the CPU and share no memory.
 
     Attributes:
         words: In the model's dtype, (W, C), special tokens included.
@@ -64,28 +64,29 @@ def encode(
     progress: bool = True,
     truncation: bool = False,
 ) -> Iterator[TextVectors]:
-    """Encode texts: hidden states of their words and entities, as of each text alone but for rounding.
+    """Encode texts: hidden states of their words and entities, equal up to rounding to those of each text alone.
 
-    Texts are read as results are taken: so many ahead as have 4 * `max_tokens` tokens. These are sorted by length and
-    packed into batches.
+    Texts are read as results are taken: it reads ahead until 4 * `max_tokens` tokens are buffered, sorts these texts by
+    length and packs them into batches.
 
     Args:
-        model: Any model of ours; its encoder runs in evaluation mode, without gradients, and is left as it was.
-        tokenizer: That of the model.
-        texts: Any iterable, also an endless one.
+        model: Any model of this package; its encoder runs in evaluation mode, without gradients, and is left as it was.
+        tokenizer: The model's tokenizer.
+        texts: Any iterable, including an endless one.
         entity_spans: For each text its pairs (start, end) of characters, end excluded, or None.
         entities: For each text a title for each span, or None: [MASK].
-        max_tokens: Words and entities of a batch; a longer text goes alone.
-        layer: Whose output, from 0, the embeddings, to num_hidden_layers; or from the end, -1 the last.
-        progress: Whether to show a bar on stderr, where that is a terminal.
-        truncation: Whether texts longer than the model takes are cut, and entities not wholly in what is left dropped.
+        max_tokens: Most words and entities of a batch; a longer text makes a batch of its own.
+        layer: The layer whose output is returned: 0 for the embeddings, up to num_hidden_layers; or from the end, -1
+            for the last.
+        progress: Whether to show a progress bar on stderr, if that is a terminal.
+        truncation: Whether to cut texts longer than the model takes, and drop entities not wholly in what is left.
 
     Returns:
         `TextVectors` for each text, in order.
 
     Raises:
-        ValueError, TypeError: at the call, an argument breaks its rule; later, where it shows, a text is too long or
-            not as the tokenizer wants it, which is named by its number from 0, or the iterables differ in length.
+        ValueError, TypeError: at the call, an argument breaks its rule; while results are taken, a text is too long or
+            refused by the tokenizer (it is named by its number from 0), or the iterables differ in length.
     """
     encoder = TextEncoder(model, tokenizer, max_tokens=max_tokens, layer=layer, truncation=truncation)
     columns: dict[str, Iterable[Any]] = {"texts": texts}
@@ -116,7 +117,7 @@ def _in_step(columns: dict[str, Iterable[Any]]) -> Iterator[Text]:
 
 
 class TextEncoder:
-    """What `encode` does, for texts that bear names; arguments as there."""
+    """What `encode` does, for texts with names; arguments as there."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class TextEncoder:
         self.layer = layer if layer >= 0 else last + 1 + layer
 
     def encode(self, texts: Iterable[Text], advance: Callable[[int], None]) -> Iterator[TextVectors]:
-        """Yield the vectors of texts in order; `advance` is told of each batch how many it had."""
+        """Yield the vectors of texts in order; `advance` is called with the number of texts of each batch."""
         for window in self._windows(texts):
             vectors: dict[int, TextVectors] = {}
             for batch in self._batches(window):
@@ -249,9 +250,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name: cpu, cuda, or auto for the GPU where torch sees one.
+
+    Raises:
+        ValueError: another name is given, or cuda where torch sees no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be auto, cpu, or cuda where torch sees a GPU, got {name!r}")
+    return torch.device(name)
+
+
 @contextmanager
 def text_progress(total: int | None, done: int = 0, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show texts done, their rate and the time left on stderr where that is a terminal; give what advances the bar."""
+    """Show texts done, their rate and the time left on stderr if that is a terminal; give what advances the bar."""
     console = Console(stderr=True)
     bar = Progress(
         BarColumn(),
@@ -260,9 +274,9 @@ def text_progress(total: int | None, done: int = 0, *, shown: bool = True) -> It
         TimeRemainingColumn(),
         console=console,
         disable=not (shown and console.is_terminal),
-        # Batches of long texts take many times as long as those of short ones: the mean of all is the best guess.
+        # Batches of long texts take many times as long as those of short ones: their overall mean is the best guess.
         speed_estimate_period=math.inf,
-        # What the caller prints meanwhile stays where it is printed.
+        # What the caller prints meanwhile is left alone.
         redirect_stdout=False,
         redirect_stderr=False,
     )

@@ -521,8 +521,11 @@ class LukeModel(LukePreTrainedModel):
     ) -> Encoded:
         """Encode a batch for a head: the inputs of `PackedBatch.from_padded`, or a packed batch; packed states out.
 
-        Only the first `num_layers` run, 0 for the embeddings; None: all.
+        Only the first `num_layers` run, 0 for the embeddings; None: all. `rows_to_compute` are those of the last layer
+        that runs; where none does, all rows are returned.
         """
+        if num_layers is not None and not 0 <= num_layers <= self.config.num_hidden_layers:
+            raise ValueError(f"num_layers must lie in [0, {self.config.num_hidden_layers}], got {num_layers}")
         if isinstance(input_ids, PackedBatch):
             batch, is_packed = input_ids, True
             for name, value in inputs.items():

@@ -1,21 +1,24 @@
-"""A file of texts -> files of their vectors: JSON lines, or shards of safetensors; interrupted work goes on."""
+"""A file of texts -> files of their vectors: JSON lines, or shards of safetensors; interrupted work can be resumed."""
 
+import fcntl
 import json
 import os
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from luke_kernels.config import LukeConfig
-from luke_kernels.encode import Text, TextEncoder, TextVectors, text_progress
+from luke_kernels.encode import Text, TextEncoder, TextVectors, choose_device, text_progress
 from luke_kernels.model import LukeModel
+from luke_kernels.sources import ARCHIVES
 from luke_kernels.tokenizer import LukeTokenizer
 
 # A text and its id, None where it has none.
@@ -23,6 +26,9 @@ Record = tuple[Text, Any]
 
 # Significant digits from which each number is read back exactly.
 DIGITS = {torch.float64: 17, torch.float32: 9, torch.float16: 5, torch.bfloat16: 4}
+
+# Names of files that are not written, and which a directory of shards should not have.
+OTHER_FORMATS = (".json", ".gz", ".safetensors")
 
 
 def encode_file(
@@ -41,43 +47,48 @@ def encode_file(
 ) -> None:
     """Encode a file of texts into a file or a directory of vectors.
 
-    Texts are encoded in blocks of `shard_size`, each for itself, so that what is in a batch, and with it the rounding,
+    Texts are encoded in blocks of `shard_size`, each on its own, so that what is in a batch, and with it the rounding,
     does not depend on where a run begins.
 
     Args:
         texts: JSON lines {"text": str, "entity_spans": [[start, end], ...], "entities": [title, ...], "id": any}, all
             but the text optional and others ignored; "-" for stdin.
-        output: File of JSON lines, where it ends in .jsonl, else a directory of shards.
+        output: File of JSON lines, where it ends in .jsonl, else a directory of shards. One process at a time may write
+            it.
         model: Directory, archive or hub id, as `LukeModel.from_pretrained` takes it.
-        tokenizer: As `LukeTokenizer.from_pretrained` takes it; None: that of the model.
+        tokenizer: As `LukeTokenizer.from_pretrained` takes it; None: that of the model, which an archive does not have.
         layer, max_tokens, truncation: As in `luke_kernels.encode`.
         device: `"auto"`: the GPU where torch sees one.
-        dtype: Of the weights and the vectors; None: as stored.
-        shard_size: Texts of a shard, which is held in memory.
-        resume: Whether to go on behind the last whole line or shard that `output` has.
+        dtype: Of the weights and the vectors, float16, bfloat16, float32 or float64; None: as stored.
+        shard_size: Texts of a shard, whose vectors are held in memory, twice while they are joined.
+        resume: Whether to continue after the last whole line or shard that `output` has.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule; `output` exists and `resume` is False, or it was made with
-            other settings; a text is malformed, named by file and line. What was written before stays.
+            other settings, or another process writes it; a text is malformed, named by file and line. What was written
+            before stays.
+        FileNotFoundError: `texts` does not exist.
     """
     if type(shard_size) is not int or shard_size < 1:
         raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch sees no GPU, got cuda")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(texts) != "-" and not Path(texts).exists():
+    if dtype is not None and dtype not in DIGITS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DIGITS))}, got {dtype}")
+    from_stdin = str(texts) == "-"
+    if not from_stdin and not Path(texts).exists():
         raise FileNotFoundError(f"texts must be a file or -, got {texts}, which does not exist")
+    if not from_stdin and Path(texts).is_dir():
+        raise ValueError(f"texts must be a file or -, got the directory {texts}")
+    if tokenizer is None and Path(model).is_file() and str(model).endswith(ARCHIVES):
+        raise ValueError(f"tokenizer must be given where model is an archive, which holds none, got None for {model}")
+    chosen = choose_device(device)
     target: JsonLines | Shards = JsonLines(Path(output)) if str(output).endswith(".jsonl") else Shards(Path(output))
     found = target.find()
     if found.exists and not resume:
-        raise ValueError(f"output must be new, or resume (--resume) be set to go on with it, got {output}")
-    # All lines of a file are looked at before the first is encoded.
-    total = sum(1 for _ in read_texts(texts)) if Path(texts).is_file() else None
+        raise ValueError(f"output must be new, or resume (--resume) be set to continue it, got {output}")
+    # All lines of a file are checked before the first is encoded; pipes can be read only once.
+    total = sum(1 for _ in read_texts(texts)) if not from_stdin and Path(texts).is_file() else None
     encoder = TextEncoder(
-        _Encoder.from_pretrained(model, dtype=dtype, device=device),
+        _Encoder.from_pretrained(model, dtype=dtype, device=chosen),
         LukeTokenizer.from_pretrained(model if tokenizer is None else tokenizer),
         max_tokens=max_tokens,
         layer=layer,
@@ -91,7 +102,7 @@ def encode_file(
         "dtype": str(encoder.model.dtype).removeprefix("torch."),
     }
     if found.num_texts and found.settings != settings:
-        raise ValueError(f"output must have been made with {settings} to go on with, got {found.settings}")
+        raise ValueError(f"output must have been made with {settings} to be resumed, got {found.settings}")
     skipped = 0
     records = read_texts(texts)
     with target, text_progress(total, found.num_texts - found.num_texts % shard_size) as advance:
@@ -106,7 +117,7 @@ def encode_file(
 
 
 class _Encoder(LukeModel):
-    """Without a pooler: nobody misses one that the checkpoint lacks."""
+    """Without a pooler, so that a checkpoint that lacks one causes no warning."""
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooling_layer=False, backend=backend)
@@ -116,21 +127,48 @@ def read_texts(path: str | Path) -> Iterator[Record]:
     """Yield the texts of JSON lines, named by file and line, and their ids.
 
     Raises:
-        ValueError: a line is no JSON object with a text.
+        ValueError: a line is no JSON object with a text, or its text or id cannot be encoded or written.
     """
-    name = "stdin" if str(path) == "-" else str(path)
-    with open(sys.stdin.fileno() if name == "stdin" else path, "rb", closefd=name != "stdin") as lines:
+    from_stdin = str(path) == "-"
+    with open(sys.stdin.fileno() if from_stdin else path, "rb", closefd=not from_stdin) as lines:
         for number, line in enumerate(lines, 1):
-            where = f"{name}, line {number}"
+            where = f"{'stdin' if from_stdin else path}, line {number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: must be a JSON object, got an error: {error}") from None
+                start = line[:60].decode(errors="replace").strip()
+                raise ValueError(f"{where}: must be a JSON object, got {start!r}: {error}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
-            if not isinstance(record.get("text"), str):
-                raise ValueError(f"{where}: text must be a string, got {record.get('text')!r}")
-            yield Text(where, record["text"], record.get("entity_spans"), record.get("entities")), record.get("id")
+            text, identity = record.get("text"), record.get("id")
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: text must be a string, got {text!r}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where}: text must hold no lone surrogates, got {text[error.start]!r}") from None
+            try:
+                json.dumps(identity, allow_nan=False)
+            except ValueError:
+                raise ValueError(f"{where}: id must hold finite numbers only, got {identity!r}") from None
+            yield Text(where, text, record.get("entity_spans"), record.get("entities")), identity
+
+
+def _open_alone(path: Path, output: Path) -> IO[bytes]:
+    """Open a file for appending, and hold it against other processes until it is closed."""
+    file = path.open("ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"output must be written by one process at a time, got {output}, which is in use") from None
+    except OSError as error:  # a file system without locks
+        warnings.warn(f"{output} cannot be protected from a second process: {error}", stacklevel=2)
+    return file
+
+
+def _changed(output: Path) -> ValueError:
+    return ValueError(f"output must be written by one process at a time, got {output}, which has changed meanwhile")
 
 
 class Found(NamedTuple):
@@ -142,15 +180,17 @@ class Found(NamedTuple):
 
 
 class JsonLines:
-    """A file with a line a text; each says what made it."""
+    """A file with one line per text; each line says what made it."""
 
     HEAD = b'{"settings": '
 
     def __init__(self, path: Path):
-        self.path, self._size = path, 0
+        self.path = path
+        # Of the whole lines, and of the file as it was found.
+        self._size = self._found_size = 0
 
     def find(self) -> Found:
-        """Look for whole lines; a part of one behind them is cut off when writing begins."""
+        """Look for whole lines; a partial one after them is cut off when writing begins."""
         if not self.path.exists():
             return Found(False)
         if not self.path.is_file():
@@ -164,11 +204,15 @@ class JsonLines:
                     settings = settings or json.loads(line)["settings"]
                     num_texts += 1
                     self._size += len(line)
-        return Found(self.path.stat().st_size > 0, num_texts, settings)
+                self._found_size += len(line)
+        return Found(self._found_size > 0, num_texts, settings)
 
     def __enter__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = _open_alone(self.path, self.path)
+        if os.fstat(self._file.fileno()).st_size != self._found_size:
+            self._file.close()
+            raise _changed(self.path)
         self._file.truncate(self._size)
 
     def __exit__(self, *error: object) -> None:
@@ -207,17 +251,19 @@ def _json_rows(where: str, name: str, states: Tensor) -> str:
 
 
 class Shards:
-    """A directory of 00000.safetensors and so on; each says what made it."""
+    """A directory of 00000.safetensors and so on; each shard says what made it."""
 
     def __init__(self, path: Path):
         self.path, self._aside = path, path / ".writing"
         self._num_shards = self._num_texts = 0
 
     def find(self) -> Found:
-        """Look for shards, which are whole: others are not moved to where they belong."""
+        """Look for shards, which are whole: a partial one is never moved into place."""
         from safetensors import SafetensorError, safe_open
 
         if not self.path.exists():
+            if self.path.name.endswith(OTHER_FORMATS):
+                raise ValueError(f"output must end in .jsonl or be a directory, got {self.path}")
             return Found(False)
         if not self.path.is_dir():
             raise ValueError(f"output must end in .jsonl or be a directory, got the file {self.path}")
@@ -230,43 +276,55 @@ class Shards:
         try:
             with safe_open(path, framework="pt") as shard:
                 about = json.loads(shard.metadata()["about"])
+            num_texts, settings = about["first_text"] + len(about["ids"]), about["settings"]
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} must be a whole shard of vectors, got an error: {error}") from None
-        self._num_shards, self._num_texts = len(numbers), about["first_text"] + len(about["ids"])
-        return Found(True, self._num_texts, about["settings"])
+            raise ValueError(f"output must hold whole shards of vectors, got {path}: {error!r}") from None
+        self._num_shards, self._num_texts = len(numbers), num_texts
+        return Found(True, num_texts, settings)
 
     def __enter__(self) -> None:
         self._aside.mkdir(parents=True, exist_ok=True)
+        self._lock = _open_alone(self._aside / "lock", self.path)
+        num_texts = self._num_texts
+        self.find()
+        if self._num_texts != num_texts:
+            self.__exit__()
+            raise _changed(self.path)
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._aside)
+        self._lock.close()
 
     def write(self, settings: dict[str, Any], records: list[Record], vectors: Iterator[TextVectors]) -> None:
         """Write a shard aside, then move it into place."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        results = list(vectors)
+        parts: dict[str, list[Tensor]] = {"words": [], "entities": [], "offsets": [], "entity_span_indices": []}
+        for _, result in zip(records, vectors, strict=True):
+            parts["words"].append(result.words)
+            parts["entities"].append(result.entities)
+            parts["offsets"].append(result.offsets)
+            parts["entity_span_indices"].append(torch.tensor(result.entity_span_indices, dtype=torch.int64))
         tensors = {
-            "words": torch.cat([result.words for result in results]),
-            "entities": torch.cat([result.entities for result in results]),
-            "cu_words": _cumulative([len(result.words) for result in results]),
-            "cu_entities": _cumulative([len(result.entities) for result in results]),
-            "offsets": torch.cat([result.offsets for result in results]),
-            "entity_span_indices": torch.tensor([i for r in results for i in r.entity_span_indices], dtype=torch.int64),
+            "cu_words": _cumulative([len(words) for words in parts["words"]]),
+            "cu_entities": _cumulative([len(entities) for entities in parts["entities"]]),
         }
+        for name in list(parts):
+            # Popped, so that the parts are freed before the next are joined and the file is written.
+            tensors[name] = torch.cat(parts.pop(name))
         about = {"first_text": self._num_texts, "settings": settings, "ids": [identity for _, identity in records]}
         name = f"{self._num_shards:05}.safetensors"
         try:
             # One entry: of several the order in the file would be random.
             save_file(tensors, self._aside / name, metadata={"about": json.dumps(about)})
         except SafetensorError as error:
-            raise OSError(f"{self.path / name} must be written whole, got an error: {error}") from None
+            raise OSError(f"{self.path / name} could not be written: {error}") from None
         # safetensors lets nobody but the owner read.
         (self._aside / name).chmod(stat.S_IMODE(self.path.stat().st_mode) & 0o666)
         os.replace(self._aside / name, self.path / name)
         self._num_shards += 1
-        self._num_texts += len(results)
+        self._num_texts += len(records)
 
 
 def _cumulative(lengths: list[int]) -> Tensor:

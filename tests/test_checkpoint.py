@@ -559,7 +559,7 @@ def model_holding(state, cls=LukeForMaskedLM, **changes):
     return model
 
 
-@pytest.mark.parametrize("max_shard_size", [10_000, "10KB", "5GB"])
+@pytest.mark.parametrize("max_shard_size", [10_000, "10000", "10KB", "5GB"])
 def test_max_shard_size(tmp_path, masked_lm, max_shard_size):
     model_holding(masked_lm).save_pretrained(tmp_path / "new" / "m", max_shard_size=max_shard_size)
     files = sorted(path.name for path in (tmp_path / "new" / "m").iterdir())
@@ -573,7 +573,7 @@ def test_max_shard_size(tmp_path, masked_lm, max_shard_size):
     assert_holds(LukeForMaskedLM.from_pretrained(tmp_path / "new" / "m"), masked_lm)
 
 
-@pytest.mark.parametrize("max_shard_size", ["ten", "10XB", -1, 2.5])
+@pytest.mark.parametrize("max_shard_size", ["ten", "10XB", "0", -1, 2.5])
 def test_refused_shard_sizes(tmp_path, masked_lm, max_shard_size):
     with pytest.raises((TypeError, ValueError), match=r"^max_shard_size must .*, got "):
         model_holding(masked_lm).save_pretrained(tmp_path / "m", max_shard_size=max_shard_size)

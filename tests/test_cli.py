@@ -163,5 +163,12 @@ def test_encode_interrupted(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vector_files, "encode_file", interrupted)
-    message = "interrupted; the same command with --resume goes on\n"
+    message = "interrupted; run the same command with --resume to continue\n"
     assert run("encode", "texts.jsonl", "vectors", "--model", "luke") == (130, message)
+
+
+@pytest.mark.parametrize("command", [["convert", "luke", "out"], ["encode", "texts.jsonl", "out", "--model", "luke"]])
+@pytest.mark.parametrize("name", ["load", "float8_e4m3fn", "int64", "nothing"])
+def test_dtypes_are_known_by_name(run, command, name):
+    message = f"error: dtype must be one of float16, bfloat16, float32, got '{name}'\n"
+    assert run(*command, "--dtype", name) == (2, message)

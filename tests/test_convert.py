@@ -1,8 +1,10 @@
 """Conversions of checkpoints: what is written, what is kept, what is refused."""
 
 import json
+import os
 import shutil
 import tarfile
+import warnings
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from checkpoint_cases import (
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from luke_kernels import cli, heads
+from luke_kernels import checkpoint, cli, heads
 from luke_kernels.convert import convert
 from luke_kernels.model import LukeModel
 from luke_kernels.tokenizer import BUNDLED, LukeTokenizer
@@ -157,9 +159,10 @@ def test_dtype_and_shards(tmp_path, masked_lm):
 def test_a_tokenizer_that_cannot_be_made_is_told(tmp_path, masked_lm):
     write(tmp_path / "m", masked_lm)
     (tmp_path / "m/entity_vocab.json").write_text(json.dumps({"[MASK]": 0, "en:Vienna": 1}))
-    assert "none, name_or_path must hold vocab.json" in convert(tmp_path / "m", tmp_path / "none").tokenizer
+    told = convert(tmp_path / "m", tmp_path / "none").tokenizer
+    assert told.startswith(f"none, {tmp_path}/m must hold vocab.json and merges.txt, or ")
     (tmp_path / "m/sentencepiece.bpe.model").write_bytes(b"")
-    assert "sentencepiece, is not supported" in convert(tmp_path / "m", tmp_path / "mluke").tokenizer
+    assert "sentencepiece, which is not supported" in convert(tmp_path / "m", tmp_path / "mluke").tokenizer
     for output in ("none", "mluke"):
         assert json.loads((tmp_path / output / "entity_vocab.json").read_text()) == {"[MASK]": 0, "en:Vienna": 1}
 
@@ -175,7 +178,7 @@ def test_an_original_becomes_a_luke(tmp_path, kind):
     source = pack(tmp_path / "m", tmp_path / "luke.tar.gz")
     conversion = convert(source, tmp_path / "out")
     assert (conversion.kind, conversion.architecture) == ("original", "LukeForMaskedLM")
-    assert conversion.tokenizer.endswith(f", got {source}")
+    assert conversion.tokenizer.startswith(f"none, {source} must hold vocab.json and merges.txt, or ")
     assert_holds(
         heads.LukeForMaskedLM.from_pretrained(tmp_path / "out"),
         dict(heads.LukeForMaskedLM.from_pretrained(source).named_parameters()),
@@ -250,8 +253,9 @@ def test_what_was_trained_stays_in_an_original(tmp_path):
     name = "LukeForEntityClassification"
     sizes = {**ROBERTA, "vocab_size": 50267}
     state = weights_of(class_of(name), **sizes)
-    write(tmp_path / "m", state, config={**sizes, "architectures": [name]})
+    (tmp_path / "m").mkdir()
     (tmp_path / "m/entity_vocab.json").write_text(json.dumps({"[MASK]": 2, "[MASK2]": 3, "a": 4}))
+    write(tmp_path / "m", state, config={**sizes, "architectures": [name], "bert_model_name": "roberta-base"})
     with pytest.warns(UserWarning, match=r"^\[MASK2\] has a row of its own, .* by that of \[MASK\]$"):
         convert(tmp_path / "m", tmp_path / "back", to="original")
     conversion = convert(tmp_path / "back", tmp_path / "out")
@@ -276,11 +280,36 @@ def test_what_was_trained_stays_in_an_original(tmp_path):
     ],
 )
 def test_titles_of_languages_in_an_original(tmp_path, masked_lm, vocabulary, lines):
-    write(tmp_path / "m", masked_lm)
+    write(tmp_path / "m", masked_lm, config={"bert_model_name": "roberta-base"})
     (tmp_path / "m/entity_vocab.json").write_text(json.dumps(vocabulary))
     convert(tmp_path / "m", tmp_path / "out", to="original")
     written = [json.loads(line) for line in (tmp_path / "out/entity_vocab.jsonl").read_text().splitlines()]
     assert written == [{"id": row, "entities": names, "count": 0} for row, names in enumerate(lines)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "known", "named"),
+    [
+        ("roberta", True, "roberta-base"),
+        ("xlm-roberta", True, "roberta-base"),
+        (None, True, "roberta-base"),
+        ("roberta", False, "roberta"),
+        ("my/roberta", True, "my/roberta"),
+    ],
+)
+def test_an_original_names_its_encoder_as_the_hub_does(monkeypatch, stored, known, named):
+    """What comes from a folder has only a kind, by which no tokenizer is found."""
+    model = LukeModel(heads.LukeConfig(**SIZES))
+    if stored is not None:
+        model.config.extra["bert_model_name"] = stored
+    if known:
+        monkeypatch.setitem(checkpoint.HUB_ENCODERS, (38, 16), "roberta-base")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, values = checkpoint.as_original(model)
+    assert values["bert_model_name"] == named
+    told = [str(warning.message).partition(",")[0] for warning in caught]
+    assert told == ([] if named == "my/roberta" else [f"bert_model_name in metadata.json is {named!r}"])
 
 
 # Of encoders, and for them
@@ -327,8 +356,11 @@ def test_from_an_encoder_and_back(tmp_path, kind):
 def test_a_word_decoder_of_its_own_goes_along(tmp_path, masked_lm):
     masked_lm["lm_head.decoder.weight"] = torch.randn_like(masked_lm[WORDS])
     write(tmp_path / "m", masked_lm, config={"tie_word_embeddings": False})
-    convert(tmp_path / "m", tmp_path / "out", to="encoder")
-    assert torch.equal(stored_in(tmp_path / "out")["lm_head.decoder.weight"], masked_lm["lm_head.decoder.weight"])
+    conversion = convert(tmp_path / "m", tmp_path / "out", to="encoder")
+    stored = stored_in(tmp_path / "out")
+    assert torch.equal(stored["lm_head.decoder.weight"], masked_lm["lm_head.decoder.weight"])
+    assert torch.equal(stored["lm_head.decoder.bias"], stored["lm_head.bias"])  # written, and counted once
+    assert conversion.num_parameters == sum(t.numel() for t in stored.values()) - stored["lm_head.bias"].numel()
     assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
 
 
@@ -380,6 +412,8 @@ def test_words_that_are_not_the_model_s_make_no_tokenizer(tmp_path):
         ("new", {"to": "bert"}, r"^to must be one of luke, original, encoder, got 'bert'$"),
         ("new", {"dtype": torch.int8}, r"^dtype must be one of torch.float16, .*, got torch.int8$"),
         ("new", {"dtype": "half"}, r"^dtype must be one of torch.float16, .*, got half$"),
+        ("new", {"max_shard_size": "5 apples"}, r"^max_shard_size must be .*, got '5 apples'$"),
+        ("new.tar.gz", {"to": "original", "max_shard_size": 0}, r"^max_shard_size must be .*, got 0$"),
     ],
 )
 def test_refused_before_anything_is_read(tmp_path, output, arguments, message):
@@ -403,7 +437,9 @@ def test_refused_before_anything_is_read(tmp_path, output, arguments, message):
         ("roberta", {"entity_vocab": "/nowhere.tsv"}, r"No such file"),
         ("bert", {"entity_vocab": "TITLES", "to": "original"}, r"^to must be luke or encoder .* no RoBERTa's"),
         ("luke", {"to": "original"}, r"must hold an entity vocabulary, .*, got none$"),
-        ("luke", {"max_shard_size": "5 apples"}, r"^max_shard_size must"),
+        ("roberta", {"entity_vocab": "PLAIN"}, r"/entities.tsv must hold .*, got no \[PAD\], \[UNK\], \[MASK\]$"),
+        ("roberta", {"entity_vocab": "UNMASKED"}, r"must hold the titles .*, got no \[MASK\]$"),
+        ("distilbert", {"entity_vocab": "TITLES"}, r"m must be a LUKE or a roberta, .*, got model_type 'distilbert'$"),
         ("nothing", {}, r"config.json must exist"),
         ("damaged", {}, r"must be a whole safetensors file"),
     ],
@@ -412,7 +448,7 @@ def test_what_fails_leaves_nothing(tmp_path, temporary, masked_lm, source, argum
     path = tmp_path / "m"
     if source == "original":
         original(path, masked_lm, TITLES)
-    elif source in ("roberta", "bert"):
+    elif source in ("roberta", "bert", "distilbert"):
         encoder(path, source)
     elif source == "nothing":
         path.mkdir()
@@ -420,12 +456,15 @@ def test_what_fails_leaves_nothing(tmp_path, temporary, masked_lm, source, argum
         write(path, masked_lm)
         if source == "damaged":
             (path / "model.safetensors").write_bytes(b"\xff" * 20)
-    if arguments.get("entity_vocab") == "TITLES":
-        arguments = {**arguments, "entity_vocab": titles(tmp_path)}
+    vocabularies = {"TITLES": TITLES[:3], "PLAIN": ["Vienna", "London"], "UNMASKED": TITLES[:2]}
+    if (names := vocabularies.get(arguments.get("entity_vocab"))) is not None:
+        arguments = {**arguments, "entity_vocab": titles(tmp_path, names)}
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((ValueError, OSError), match=message):
-        convert(path, tmp_path / "new/out", **arguments)
-    assert sorted(tmp_path.rglob("*")) == before
+    for output in ("new/out", "empty"):
+        with pytest.raises((ValueError, OSError), match=message):
+            convert(path, tmp_path / output, **arguments)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_titles_beyond_the_table_make_no_original(tmp_path, masked_lm):
@@ -435,11 +474,36 @@ def test_titles_beyond_the_table_make_no_original(tmp_path, masked_lm):
         convert(tmp_path / "m", tmp_path / "out", to="original")
 
 
-def test_an_empty_directory_is_filled(tmp_path, masked_lm):
+@pytest.mark.parametrize("to", ["luke", "encoder", "original"])
+def test_an_empty_directory_is_filled_and_stays_the_same(tmp_path, monkeypatch, masked_lm, to):
+    """It may be a mount point, of another mode, or where the shell is."""
+    write(tmp_path / "m", masked_lm, config={"bert_model_name": "roberta-base"})
+    (tmp_path / "m/entity_vocab.json").write_text(json.dumps({"[MASK]": 0}))
+    (tmp_path / "out").mkdir(mode=0o750)
+    before, beside = (tmp_path / "out").stat(), set(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path / "out")
+    conversion = convert("../m", ".", to=to)
+    after = (tmp_path / "out").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert set(os.listdir(".")) == conversion.sizes_bytes.keys()
+    assert ("metadata.json" if to == "original" else "config.json") in conversion.sizes_bytes
+    assert set(tmp_path.iterdir()) == beside
+
+
+def test_a_move_that_fails_leaves_an_empty_directory(tmp_path, monkeypatch, masked_lm):
     write(tmp_path / "m", masked_lm)
     (tmp_path / "out").mkdir()
-    convert(tmp_path / "m", tmp_path / "out")
-    assert (tmp_path / "out/config.json").exists()
+    replace = os.replace
+
+    def fail(source, target):
+        if target == tmp_path / "out/config.json":
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        convert(tmp_path / "m", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # The command
@@ -462,7 +526,7 @@ def test_the_command_tells_what_it_did(tmp_path, masked_lm):
     assert first == f"{tmp_path}/m: LUKE, as ours and transformers'"
     number = sum(tensor.numel() for tensor in masked_lm.values())
     assert model == f"model: LukeForMaskedLM, {number:,} parameters, torch.bfloat16"
-    assert tokenizer.startswith("tokenizer: none, name_or_path must hold vocab.json")
+    assert tokenizer.startswith(f"tokenizer: none, {tmp_path}/m must hold vocab.json")
     assert written == f"{tmp_path}/out: config.json (0.0 MB), model.safetensors (0.0 MB)"
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from luke_kernels import LukeConfig, LukeModel, LukeTokenizer, cli, demo
+from luke_kernels.encode import choose_device
 from luke_kernels.ops import backends
 from luke_kernels.ops.backends import sdpa
 from luke_kernels.tokenizer import BUNDLED
@@ -144,8 +145,8 @@ def test_unknown_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "tpu"):
         with pytest.raises(ValueError, match=f"device must be auto, cpu, or cuda where torch sees a GPU, got '{name}'"):
-            demo._device(name)
-    assert demo._device("auto") == demo._device("cpu") == torch.device("cpu")
+            choose_device(name)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
 def test_no_download_without_a_model(monkeypatch):

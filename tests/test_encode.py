@@ -1,5 +1,8 @@
-"""Texts to vectors: as of each text alone, in order, read as they are taken; files of them, and how those go on."""
+"""Texts to vectors: as of each text alone, in order, read as they are taken; files of them, and their resuming."""
 
+import errno
+import fcntl
+import gc
 import io
 import itertools
 import json
@@ -14,12 +17,13 @@ import pytest
 import torch
 from luke_cases import build
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from luke_kernels import LukeForTokenClassification, LukeModel, LukeTokenizer, encode
 from luke_kernels.demo import sentences
+from luke_kernels.encode import TextVectors
 from luke_kernels.tokenizer import BUNDLED
-from luke_kernels.vector_files import JsonLines, encode_file
+from luke_kernels.vector_files import JsonLines, Shards, encode_file
 
 TOKENIZER = LukeTokenizer.from_pretrained(BUNDLED)
 SIZES = {"vocab_size": len(TOKENIZER), "entity_vocab_size": len(TOKENIZER.entity_vocab), "max_position_embeddings": 60}
@@ -106,6 +110,12 @@ def test_an_inner_layer_costs_no_more_than_it_must(layer):
         module.register_forward_hook(lambda *_, number=number: calls.append(number))
     list(encode(luke, TOKENIZER, ["Ada"], layer=layer))
     assert calls == list(range(layer))
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_layers_that_do_not_exist(number):
+    with pytest.raises(ValueError, match=rf"^num_layers must lie in \[0, 2\], got {number}$"):
+        model().encode(torch.tensor([[5, 6]]), num_layers=number)
 
 
 def test_texts_are_read_as_results_are_taken():
@@ -404,7 +414,7 @@ def test_grown_texts_go_on(checkpoint, texts, tmp_path):
 
 @pytest.mark.parametrize(("name", "number"), [("vectors.jsonl", signal.SIGKILL), ("vectors", signal.SIGINT)])
 def test_killed_and_gone_on(checkpoint, texts, tmp_path, name, number):
-    """Killed while it waits for more texts, behind two blocks."""
+    """Killed while it waits for more texts, after two blocks."""
     whole, output = tmp_path / f"whole {name}", tmp_path / name
     encode_file(texts, whole, checkpoint, shard_size=2)
     command = [sys.executable, "-m", "luke_kernels.cli", "encode", "-", output, "--model", checkpoint]
@@ -423,7 +433,7 @@ def test_killed_and_gone_on(checkpoint, texts, tmp_path, name, number):
         errors = process.communicate()[1]
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert errors == "interrupted; the same command with --resume goes on\n"
+        assert errors == "interrupted; run the same command with --resume to continue\n"
         assert len(list(output.iterdir())) == 2
     encode_file(texts, output, checkpoint, shard_size=2, resume=True)
     assert content_of(output) == content_of(whole)
@@ -462,7 +472,7 @@ def test_what_there_is_is_never_overwritten(checkpoint, texts, tmp_path, name):
     with pytest.raises(ValueError, match=r"^output must be new, or resume .* be set"):
         encode_file(texts, output, checkpoint)
     for change in ({"layer": 0}, {"dtype": torch.bfloat16}, {"tokenizer": BUNDLED}):
-        with pytest.raises(ValueError, match=r"^output must have been made with .* to go on with, got "):
+        with pytest.raises(ValueError, match=r"^output must have been made with .* to be resumed, got "):
             encode_file(texts, output, checkpoint, resume=True, **change)
     assert content_of(output) == content
     # What changes no vector of a text beyond rounding may change.
@@ -485,6 +495,81 @@ def test_an_output_that_cannot_be(checkpoint, texts, tmp_path):
         encode_file(texts, tmp_path / "folder.jsonl", checkpoint)
     with pytest.raises(ValueError, match=r"^output must end in .jsonl or be a directory, got the file"):
         encode_file(texts, checkpoint / "config.json", checkpoint)
+    for name in ("vectors.json", "vectors.jsonl.gz", "vectors.safetensors"):
+        with pytest.raises(ValueError, match=rf"^output must end in .jsonl or be a directory, got .*{name}$"):
+            encode_file(texts, tmp_path / name, checkpoint)
+    assert not list(tmp_path.glob("vectors*"))
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors"])
+def test_one_process_at_a_time(checkpoint, texts, tmp_path, monkeypatch, name):
+    """Another one holds the output, or wrote to it while the model was loaded."""
+    whole, output = tmp_path / f"whole {name}", tmp_path / name
+    encode_file(texts, whole, checkpoint, shard_size=4)
+    target = JsonLines(output) if name.endswith(".jsonl") else Shards(output)
+    # A flock is of an open file, not of a process.
+    with target:
+        before = content_of(output) if output.is_file() else sorted(output.iterdir())
+        with pytest.raises(ValueError, match=rf"^output must be written by one process at a time, got {output}, which"):
+            encode_file(texts, output, checkpoint, shard_size=4, resume=True)
+        assert before == (content_of(output) if output.is_file() else sorted(output.iterdir()))
+
+    def load(name_or_path):
+        monkeypatch.undo()
+        encode_file(texts, output, checkpoint, shard_size=4, resume=True)
+        return LukeTokenizer.from_pretrained(name_or_path)
+
+    monkeypatch.setattr(LukeTokenizer, "from_pretrained", load)
+    with pytest.raises(ValueError, match=r"^output must be written by one process .*, which has changed meanwhile$"):
+        encode_file(texts, output, checkpoint, shard_size=4, resume=True)
+    assert content_of(output) == content_of(whole)
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors"])
+def test_a_file_system_without_locks(checkpoint, texts, tmp_path, monkeypatch, name):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be protected from a second process: .*No locks available"):
+        encode_file(texts, tmp_path / name, checkpoint)
+
+
+def test_the_vectors_of_a_shard_are_held_once_as_it_is_written(checkpoint, texts, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def spy(*arguments, **options):
+        alive.append(sum(type(each) is TextVectors for each in gc.get_objects()))
+        save_file(*arguments, **options)
+
+    alive: list[int] = []
+    gc.collect()
+    before = sum(type(each) is TextVectors for each in gc.get_objects())
+    monkeypatch.setattr(safetensors.torch, "save_file", spy)
+    encode_file(texts, tmp_path / "vectors", checkpoint)
+    assert [number - before for number in alive] == [1]  # the last one
+
+
+def test_a_file_by_the_name_of_stdin(checkpoint, texts, tmp_path, monkeypatch):
+    """`-` is stdin, also beside a file of that name; `stdin` is a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_bytes(b"")
+    with open(texts, "rb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        encode_file("-", tmp_path / "vectors.jsonl", checkpoint)
+    texts.rename("stdin")
+    encode_file("stdin", tmp_path / "again.jsonl", checkpoint)
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "vectors.jsonl").read_bytes() != b""
+
+
+def test_an_archive_has_no_tokenizer(texts, tmp_path):
+    """Refused before it is unpacked."""
+    archive = tmp_path / "luke.tar.gz"
+    archive.write_bytes(b"not unpacked")
+    with pytest.raises(ValueError, match=rf"^tokenizer must be given .* got None for {archive}$"):
+        encode_file(texts, tmp_path / "vectors", archive)
+    with pytest.raises(ValueError, match=rf"^{archive} must be a whole archive"):
+        encode_file(texts, tmp_path / "vectors", archive, BUNDLED)
 
 
 def test_damaged_shards(checkpoint, texts, tmp_path):
@@ -495,18 +580,24 @@ def test_damaged_shards(checkpoint, texts, tmp_path):
         encode_file(texts, output, checkpoint, shard_size=4, resume=True)
     (output / "mine").rename(output / "00001.safetensors")
     (output / "00002.safetensors").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"00002.safetensors must be a whole shard of vectors, got an error"):
+    with pytest.raises(ValueError, match=r"output must hold whole shards of vectors, got .*00002.safetensors: Saf"):
+        encode_file(texts, output, checkpoint, shard_size=4, resume=True)
+    save_file({}, output / "00002.safetensors", metadata={"about": json.dumps({"settings": {}})})
+    with pytest.raises(ValueError, match=r"must hold whole shards .*00002.safetensors: KeyError\('first_text'\)$"):
         encode_file(texts, output, checkpoint, shard_size=4, resume=True)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "must be a JSON object, got an error: .*"),
-        ("", "must be a JSON object, got an error: .*"),
+        ("{", "must be a JSON object, got '{': .*"),
+        ("", "must be a JSON object, got '': .*"),
         ("[1]", "must be a JSON object, got list"),
         ("{}", "text must be a string, got None"),
         ('{"text": 3}', "text must be a string, got 3"),
+        (r'{"text": "Ada \ud83d"}', r"text must hold no lone surrogates, got '\\ud83d'"),
+        ('{"text": "Ada", "id": 1e999}', "id must hold finite numbers only, got inf"),
+        ('{"text": "Ada", "id": [NaN]}', r"id must hold finite numbers only, got \[nan\]"),
     ],
 )
 def test_malformed_lines(checkpoint, texts, tmp_path, line, message):
@@ -554,10 +645,12 @@ def test_json_has_finite_numbers(texts, tmp_path):
     ("arguments", "error", "message"),
     [
         ({"shard_size": 0}, ValueError, "shard_size must be a positive int, got 0"),
-        ({"device": "tpu"}, ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
+        ({"device": "tpu"}, ValueError, "device must be auto, cpu, or cuda where torch sees a GPU, got 'tpu'"),
         ({"texts": "nothing"}, FileNotFoundError, "texts must be a file or -, got nothing, which does not exist"),
+        ({"texts": "/"}, ValueError, "texts must be a file or -, got the directory /"),
         ({"layer": 3}, ValueError, "layer must lie in .*"),
-        ({"dtype": torch.int64}, TypeError, "dtype must be .*"),
+        ({"dtype": torch.int64}, ValueError, "dtype must be one of torch.float64, .*, got torch.int64"),
+        ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype must be one of .*, got torch.float8_e4m3fn"),
     ],
 )
 def test_arguments_of_files(checkpoint, texts, tmp_path, arguments, error, message):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from luke_kernels import PackedBatch
 from luke_kernels.tokenizer import BUNDLED, LukeTokenizer, read_entity_vocab
@@ -435,6 +435,36 @@ def test_save_and_load(make, bpe, tmp_path):
     assert other(text).input_ids == make()(text).input_ids
 
 
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_saved_words_have_the_offsets_of_roberta(make, tmp_path, add_prefix_space):
+    make(add_prefix_space=add_prefix_space).save_words(tmp_path)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    separator, first = (("</s>", ours.token_to_id("</s>")), ("<s>", ours.token_to_id("<s>")))
+    theirs.post_processor = processors.RobertaProcessing(separator, first, add_prefix_space=add_prefix_space)
+    for texts in ((TEXT,), ("  Ada  met <mask> Zoë.",), ("in", TEXT)):
+        expected = theirs.encode(*texts)
+        assert (ours.encode(*texts).ids, ours.encode(*texts).offsets) == (expected.ids, expected.offsets)
+    assert ours.encode("in Los").offsets[2][0] == 3
+
+
+def test_saved_words_replace_another_tokenizer(plain, tmp_path, monkeypatch):
+    plain.save_pretrained(tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("luke_kernels.tokenizer.files._write_json", fail)
+        with pytest.raises(OSError, match="no space left"):
+            plain.save_words(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    plain.save_words(tmp_path)
+    names = ["entity_vocab.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_added_tokens_are_kept(bpe, plain, tmp_path):
     inner = Tokenizer(models.BPE.from_file(str(bpe / "vocab.json"), str(bpe / "merges.txt")))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -559,15 +589,15 @@ def test_malformed_merges(bpe, tmp_path):
 
 def test_missing_files(bpe, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"name_or_path must hold vocab\.json and merges\.txt, or tokenizer\.json"
+        FileNotFoundError, match=r"must hold vocab\.json and merges\.txt, or tokenizer\.json, .*, got none of them$"
     ):
         LukeTokenizer.from_pretrained(tmp_path)
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((bpe / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"name_or_path must hold one of entity_vocab\.json"):
+    with pytest.raises(FileNotFoundError, match=r"must hold one of entity_vocab\.json, .*, got none of them$"):
         LukeTokenizer.from_pretrained(tmp_path)
     (tmp_path / "sentencepiece.bpe.model").write_text("")
-    with pytest.raises(NotImplementedError, match="mLUKE's, of sentencepiece, is not supported yet"):
+    with pytest.raises(NotImplementedError, match="got mLUKE's, of sentencepiece, which is not supported yet"):
         LukeTokenizer.from_pretrained(tmp_path)
 
 

@@ -12,12 +12,12 @@ class LukeEncoding(dict[str, Any]):
 
     Attributes:
         entity_span_indices: For each row, which of the caller's spans its entities are, in order, without padding. The
-            spans of a text are numbered from 0, those of its pair on from there.
+            spans of a text are numbered from 0, those of its pair continue the numbering.
         dropped_spans: For each row, the spans that truncation left in no row of the same text.
         sequence_ids: For each row and token, 0 for `text` and its markers, 1 for `text_pair`, None for special tokens
             and padding; None altogether without `return_offsets_mapping`.
 
-    All three have one list a row, also for a single text; in what `pad` returns they are None. `pad_token_id` is the
+    All three have one list per row, also for a single text; in what `pad` returns they are None. `pad_token_id` is the
     tokenizer's: `PackedBatch.from_encodings` counts positions by it.
     """
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     settings = read_settings(folder)
     if settings.get("tokenizer_class") == "MLukeTokenizer" or any((folder / n).exists() for n in _SENTENCEPIECE_FILES):
         raise NotImplementedError(
-            f"name_or_path must hold a LUKE tokenizer: mLUKE's, of sentencepiece, is not supported yet, got {folder}"
+            f"{folder} must hold a LUKE tokenizer, got mLUKE's, of sentencepiece, which is not supported yet"
         )
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         tokenizer = read_byte_level_bpe(folder / "vocab.json", folder / "merges.txt")
@@ -82,7 +82,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         _add_stored_tokens(tokenizer, folder, settings)
     else:
         raise FileNotFoundError(
-            f"name_or_path must hold vocab.json and merges.txt, or tokenizer.json, or vocab.txt, got {folder}"
+            f"{folder} must hold vocab.json and merges.txt, or tokenizer.json, or vocab.txt, got none of them"
         )
     return tokenizer, settings
 
@@ -119,7 +119,7 @@ def read_stored_entity_vocab(folder: Path, settings: Mapping[str, Any]) -> dict[
     for path in (folder / name for name in _ENTITY_FILES):
         if path.exists():
             return read_entity_vocab(path)
-    raise FileNotFoundError(f"name_or_path must hold one of {', '.join(_ENTITY_FILES)}, got {folder}")
+    raise FileNotFoundError(f"{folder} must hold one of {', '.join(_ENTITY_FILES)}, got none of them")
 
 
 def stored_options(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -174,31 +174,47 @@ def write_tokenizer(
     """Write a tokenizer, its settings and its entity vocabulary; no file is ever half-written.
 
     Args:
-        state: What `tokenizer` would be as tokenizer.json. It is written where vocab.json and merges.txt cannot say it.
+        folder: Where; made if missing, files of another tokenizer are removed.
+        tokenizer: The tokenizer of words.
+        state: Its content as tokenizer.json, which is written unless vocab.json and merges.txt can express it.
+        settings: Content of tokenizer_config.json.
+        entities: Ids by title.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as name:
-        aside = Path(name)
+    with _aside(folder) as aside:
         if _is_roberta(state):
-            tokenizer.model.save(name)
+            tokenizer.model.save(str(aside))
         else:
             _write_json(aside / "tokenizer.json", state)
         _write_json(aside / "entity_vocab.json", entities)
         _write_json(aside / "tokenizer_config.json", settings, indent=2)
-        written = os.listdir(aside)
+
+
+def write_words(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Write a tokenizer of words alone and its settings; no file is ever half-written.
+
+    Args:
+        folder: Where; made if missing, files of another tokenizer are removed.
+        tokenizer: The tokenizer, its post-processor included.
+        settings: Content of tokenizer_config.json.
+    """
+    with _aside(folder) as aside:
+        tokenizer.save(str(aside / "tokenizer.json"))
+        _write_json(aside / "tokenizer_config.json", settings, indent=2)
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write a tokenizer's files in, then move them into `folder` in place of another tokenizer's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as name:
+        yield Path(name)
+        written = os.listdir(name)
         for file in written:
-            os.replace(aside / file, folder / file)
+            os.replace(Path(name) / file, folder / file)
     # Left from another tokenizer, they would be read along with ours.
     for file in {*_WORD_FILES, *_CONFIG_FILES, _ADDED_FILE}.difference(written):
         with contextlib.suppress(FileNotFoundError):
             (folder / file).unlink()
-
-
-def write_words(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Write a tokenizer of words alone and its settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 
 def write_entity_vocab(folder: Path, entities: dict[str, int]) -> None:
@@ -217,7 +233,7 @@ def _is_roberta(state: Mapping[str, Any]) -> bool:
 
 
 def _add_stored_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Add the tokens behind the vocabulary, which since transformers 4.34 stand among the settings."""
+    """Add the tokens after the vocabulary, which since transformers 4.34 are stored in the settings."""
     stored = {int(index): token for index, token in (settings.get("added_tokens_decoder") or {}).items()}
     if not stored and (folder / _ADDED_FILE).exists():
         stored = {index: {"content": token} for token, index in read_json(folder / _ADDED_FILE).items()}

@@ -54,9 +54,9 @@ class LukeTokenizer:
     """Turn texts and the character spans of entities in them into inputs of LUKE.
 
     A text is cut at every boundary of a span and its pieces are tokenised apart, so that mentions are whole tokens; a
-    space before a boundary goes to the piece behind it. Of `tokenizer`, which stays as it is, the normaliser,
+    space before a boundary goes to the piece after it. Of `tokenizer`, which stays as it is, the normaliser,
     pre-tokeniser, model and added tokens are used, and never truncation, padding and post-processor. Markers it lacks
-    are added behind its vocabulary. In texts only the mask token is special, and takes in white space on its left;
+    are added after its vocabulary. In texts only the mask token is special, and takes in white space on its left;
     every other special token is text, unless `special_tokens_in_text` names it.
 
     Args:
@@ -153,7 +153,7 @@ class LukeTokenizer:
 
         Args:
             vocab: JSON file of tokens and their ids.
-            merges: File of merges, a line two tokens, the first merge first.
+            merges: File of merges, two tokens per line, the first merge first.
             entity_vocab: Ids by title, or a file as `luke_kernels.tokenizer.read_entity_vocab` takes it.
             options: Keyword arguments of `LukeTokenizer`.
 
@@ -220,20 +220,37 @@ class LukeTokenizer:
         write_tokenizer(Path(folder), self._tokenizer, state, settings, self.entity_vocab)
 
     def save_words(self, folder: str | Path) -> None:
-        """Save the tokenizer of words alone, without markers behind them, for AutoTokenizer of transformers."""
+        """Save the tokenizer of words alone, without the markers after them, for AutoTokenizer of transformers.
+
+        Ids, token types and offsets are those of RoBERTa's or BERT's tokenizer. Files are written as by
+        `save_pretrained`; an entity vocabulary in the folder stays.
+
+        Args:
+            folder: Where; made if missing.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         state = self._state()
         added, markers = state["added_tokens"], (self.entity_token_1, self.entity_token_2)
         while added and added[-1]["content"] in markers:
             del added[-1]
-        if (state["pre_tokenizer"] or {}).get("type") == "ByteLevel":
+        is_byte_level = (state["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+        if is_byte_level:
             state["pre_tokenizer"]["add_prefix_space"] = self.add_prefix_space
-        words = Tokenizer.from_str(json.dumps(state))
         first, sep, types = f"{self.cls_token} $A {self.sep_token}", self.sep_token, int(self.pair_separators == 1)
-        words.post_processor = processors.TemplateProcessing(
+        for token in added:
+            # BERT's mask has no part in the space before it, which is no token either.
+            token["lstrip"] &= not types
+        words = Tokenizer.from_str(json.dumps(state))
+        template = processors.TemplateProcessing(
             single=first,
             pair=f"{first}{f' {sep}' * (self.pair_separators - 1)} $B:{types} {sep}:{types}",
             special_tokens=[(self.cls_token, self.cls_token_id), (sep, self.sep_token_id)],
         )
+        # As RobertaProcessing: offsets leave out the space that a word's first token starts with.
+        trim = processors.ByteLevel(add_prefix_space=self.add_prefix_space, trim_offsets=True)
+        words.post_processor = processors.Sequence([trim, template]) if is_byte_level else template
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: getattr(self, name) for name in _WORD_SPECIALS if getattr(self, name) not in markers},
@@ -288,7 +305,7 @@ class LukeTokenizer:
             text: A text, or a list of them.
             text_pair: The second text, or a list of them; none with a task.
             entity_spans: Pairs (start, end) of characters of the text, end excluded, in any order; for a batch one list
-                a text. None or [] where there are none.
+                per text. None or [] where there are none.
             entity_spans_pair: The same for `text_pair`.
             entities: Titles, one a span, unknown ones become [UNK]; None makes all [MASK]. None with a task.
             entities_pair: The same for `text_pair`.
@@ -320,7 +337,7 @@ class LukeTokenizer:
             E entities, M positions of a mention.
             Always `input_ids` (B, W), and `attention_mask` (B, W).
             Where spans are given `entity_ids`, `entity_attention_mask` (B, E) and `entity_position_ids` (B, E, M), -1
-            behind the last; for entity_span_classification also the first and the last token of each mention,
+            after the last; for entity_span_classification also the first and the last token of each mention,
             `entity_start_positions` and `entity_end_positions` (B, E).
             Where asked for `token_type_ids`, `special_tokens_mask` (B, W), `entity_token_type_ids` (B, E),
             `offset_mapping` (B, W, 2), (0, 0) for special tokens and markers, `length` and, for windows,

@@ -10,7 +10,7 @@ class Words(NamedTuple):
     """The tokens of a text, and its mentions in them."""
 
     ids: list[int]
-    offsets: list[Span]  # of characters, one a token; none where nobody asked for them
+    offsets: list[Span]  # of characters, one per token; empty unless asked for
     spans: list[Span]
     entity_ids: list[int]
 
@@ -19,23 +19,23 @@ NO_WORDS = Words([], [], [], [])
 
 
 class Frame(NamedTuple):
-    """How many special tokens stand before, between and after the texts of a row."""
+    """Number of special tokens before, between and after the texts of a row."""
 
     before: int
     between: int
     after: int
 
     def around(self, first: list[Any], second: list[Any], cls: Any, sep: Any) -> list[Any]:
-        """Return a row: what there is of each text's tokens, with `cls` and `sep` for the special ones."""
+        """Return a row: values of each text's tokens, with `cls` and `sep` for the special ones."""
         return [*[cls] * self.before, *first, *[sep] * self.between, *second, *[sep] * self.after]
 
 
 class Row(NamedTuple):
-    """What a row has of a text and of its pair."""
+    """The parts of a text and of its pair in a row."""
 
     first: Words
     second: Words
-    span_indices: list[int]  # which mentions these are; those of the pair are numbered on from those of the text
+    span_indices: list[int]  # which mentions these are; those of the pair continue the numbering of those of the text
     dropped_spans: list[int]  # which ones are in no row
 
     def mentions(self, frame: Frame) -> list[Span]:
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def cut(text: str, spans: Sequence[Span]) -> tuple[list[int], dict[int, int]]:
-    """Cut a text at the boundaries of its mentions; a space before one goes to the piece behind it.
+    """Cut a text at the boundaries of its mentions; a space before one goes to the piece after it.
 
     Returns:
         Where the pieces begin, and where the last one ends; how many pieces there are before each boundary.
