@@ -15,7 +15,7 @@ SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name
 
 .PHONY: test test-all demo lint build clean
 
-test: $(VENV)/wheel $(TRITON36) $(TRANSFORMERS4)
+test: $(VENV)/wheel $(VENV)/tools $(TRITON36) $(TRANSFORMERS4)
 	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto $(PYTEST_ARGS)
 	LUKE_KERNELS_TEST_INSTALLED=1 PYTHONPATH=$(TRANSFORMERS4) $(BIN)/pytest -n auto $(PYTEST_ARGS) tests/parity
 
@@ -25,14 +25,14 @@ test-all: test
 demo: $(VENV)/wheel
 	$(BIN)/luke-kernels demo
 
-lint: $(VENV)/ready
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # For development: the source tree itself, extension built in place.
-build: $(VENV)/ready
+build: $(VENV)/tools
 	rm -f $(VENV)/wheel
 	$(INSTALL) --no-deps --editable .
 
@@ -41,8 +41,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(INSTALL) torch
 	# torch for CUDA has brought its own triton; torch for the CPU needs one for the interpreter.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
-	$(INSTALL) typer rich numpy safetensors huggingface_hub tokenizers pytest pytest-xdist hypothesis transformers peft matplotlib ruff mypy \
-		import-linter build "setuptools>=77"
+	$(INSTALL) typer rich numpy safetensors huggingface_hub tokenizers transformers build "setuptools>=77"
+	touch $@
+
+$(VENV)/tools: $(VENV)/ready
+	$(INSTALL) pytest pytest-xdist hypothesis peft matplotlib ruff mypy import-linter
 	touch $@
 
 # From the sdist, so that what it lacks is missed.

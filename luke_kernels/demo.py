@@ -91,6 +91,7 @@ def run(console: Console, name_or_path: str | None = None, device: str = "auto")
     console.print(_facts(model, batch, name_or_path or new), highlight=False, markup=False)
     contenders, of_transformers = _contenders(model, batch, padded)
     console.print(of_transformers, highlight=False, markup=False)
+    console.print(f"Each model runs {1 + REPEATS} times, in turns with the others, and once more for its memory.")
     states = [contender.states(batch) for contender in contenders]
     if not _compare(console, contenders, states, batch):
         console.print("WRONG: luke-kernels doctor checks each backend by itself", highlight=False)
@@ -101,9 +102,12 @@ def run(console: Console, name_or_path: str | None = None, device: str = "auto")
         if reason is not None:
             console.print(f"{backend}: off, {reason}", highlight=False)
     console.print(
-        "A LUKE of transformers on fused attention: [bold]luke_kernels.accelerate(model)[/bold]\n"
-        "Texts to vectors: [bold]luke-kernels encode texts.jsonl vectors --model studio-ousia/luke-base[/bold]",
+        "A LUKE of transformers on fused attention:\n"
+        "    [bold]luke_kernels.accelerate(model)[/bold]\n"
+        "Texts to vectors:\n"
+        "    [bold]luke-kernels encode texts.jsonl vectors --model studio-ousia/luke-base[/bold]",
         highlight=False,
+        soft_wrap=True,
     )
     return True
 
@@ -240,6 +244,6 @@ def _neighbours(texts: list[dict], vectors: Tensor) -> Table:
 
 
 def _fragment(text: str, entity: dict) -> Text:
-    """Return a mention in bold, and two words on each side."""
+    """Return a mention in brackets, and two words on each side."""
     before, mention, after = text[: entity["start"]], text[entity["start"] : entity["end"]], text[entity["end"] :]
-    return Text.assemble(" ".join(before.split(" ")[-3:]), (mention, "bold"), " ".join(after.split(" ")[:3]))
+    return Text.assemble(" ".join(before.split(" ")[-3:]), (f"[{mention}]", "bold"), " ".join(after.split(" ")[:3]))

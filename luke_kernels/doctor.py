@@ -22,6 +22,7 @@ def facts() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": _version("triton"),
+        "transformers": _of_accelerate(_version("transformers")),
         "compiler": _first_line(os.environ.get("CXX", "c++"), "--version"),
         "nvcc": _last_line("nvcc", "--version"),
         "CPU": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -66,6 +67,12 @@ def examine(console: Console) -> bool:
     for name, reason in off.items():
         console.print(f"{name}: off, {reason}", highlight=False)
     return healthy
+
+
+def _of_accelerate(version: str) -> str:
+    if version[0].isdigit() and tuple(map(int, version.split(".")[:2])) >= (4, 57):
+        return version
+    return f"{version}; accelerate needs 4.57 or later (pip install 'transformers>=4.57')"
 
 
 def _version(package: str) -> str:

@@ -56,7 +56,7 @@ def test_rows_of_all_contenders(checkpoint, monkeypatch):
         assert float(row[3]) > 0
     assert [row[:2] for row in (accelerated, ours)] == [["accelerated", "sdpa"], ["luke_kernels", "sdpa"]]
     assert theirs[4] == "1.00 x"
-    assert nearest[0] == "Marie Curie won the"
+    assert nearest[0] == "[Marie Curie] won the"
     assert -1 <= float(nearest[2]) <= 1
     assert "triton: off, " in result.output
 
@@ -138,7 +138,7 @@ def test_the_nearest_is_shown_in_its_sentence():
     console = Console(width=200)
     with console.capture() as capture:
         console.print(demo._neighbours(demo.sentences(), vectors))
-    assert rows(capture.get())[0] == ["Marie Curie won the", "songs at Abbey Road Studios in north-west", "0.800"]
+    assert rows(capture.get())[0] == ["[Marie Curie] won the", "songs at [Abbey Road Studios] in north-west", "0.800"]
 
 
 def test_unknown_devices_are_refused(monkeypatch):

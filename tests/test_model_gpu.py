@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from luke_cases import BATCH, ENTITIES, build, padded_inputs
+from luke_cases import BATCH, ENTITIES, build, of_transformers, padded_inputs
 
 import luke_kernels
-from luke_kernels import LukeForEntitySpanClassification, LukeForMaskedLM, PackedBatch
+from luke_kernels import (
+    LukeForEntitySpanClassification,
+    LukeForMaskedLM,
+    LukeModel,
+    LukeTokenizer,
+    PackedBatch,
+    accelerate,
+    encode,
+)
+from luke_kernels.tokenizer import BUNDLED
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +69,40 @@ def test_padded_inputs_equal_packed_ones():
         padded, packed = model(**inputs), model(batch)
     torch.testing.assert_close(batch.pack_words(padded.last_hidden_state), packed.last_hidden_state)
     torch.testing.assert_close(batch.pack_entities(padded.entity_last_hidden_state), packed.entity_last_hidden_state)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_accelerated_model_of_transformers(backend):
+    """States where tokens exist, and gradients, are those before."""
+    with torch.device("cpu"):
+        theirs = of_transformers(build(LukeModel, dtype=torch.float32, **SIZES)).to("cuda").train()
+        inputs = {name: value.to("cuda") for name, value in padded_inputs().items()}
+    exists = [inputs[name].bool() for name in ("attention_mask", "entity_attention_mask")]
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for fast in (False, True):
+        model = accelerate(theirs, backend) if fast else theirs
+        model.zero_grad()
+        output = model(**inputs)
+        states = output.last_hidden_state[exists[0]], output.entity_last_hidden_state[exists[1]]
+        sum(state.square().sum() for state in states).backward()
+        found.append([*states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_encoded_texts():
+    with torch.device("cpu"):
+        tokenizer = LukeTokenizer.from_pretrained(BUNDLED)
+        sizes = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 99}
+        model = build(LukeModel, dtype=torch.float32, **sizes)
+        texts, spans = (
+            ["Ada met Babbage.", "Vienna lies on the Danube, as Budapest does."],
+            [[(0, 3)], [(0, 6), (19, 25)]],
+        )
+        expected = list(encode(model, tokenizer, texts, spans))
+    for a, b in zip(encode(model.to("cuda"), tokenizer, texts, spans), expected, strict=True):
+        torch.testing.assert_close(a.words, b.words, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.entities, b.entities, rtol=1e-4, atol=1e-4)

@@ -201,10 +201,11 @@ def restore(model: Module) -> Module:
 
 def _encoders(model: nn.Module) -> list[luke.LukeEncoder]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
+        raise TypeError(f"model must be a module, one that is loaded, got {described(model)}")
     encoders = [module for module in model.modules() if isinstance(module, luke.LukeEncoder)]
     if not encoders:
-        raise ValueError(f"model must be or contain a LukeModel of transformers, got {type(model).__name__}")
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise ValueError(f"model must be or contain a LukeModel of transformers, got {kind}")
     return encoders
 
 
