@@ -1,6 +1,9 @@
 """The command line: each command parses its arguments and calls one function."""
 
+import contextlib
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +61,12 @@ def convert(
     output: Annotated[str, typer.Argument(help="Directory, new or empty; of an original also a .tar.gz.")],
     to: Annotated[str, typer.Option(help="luke (ours and transformers'), original, or encoder (as RoBERTa).")] = "luke",
     entity_vocab: Annotated[str | None, typer.Option(help=".json, .jsonl or .tsv, for RoBERTa and BERT.")] = None,
+    entity_emb_size: Annotated[
+        int | None, typer.Option(help="Size of an entity's embedding, for RoBERTa and BERT; else 256.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Directory or hub id of its tokenizer, if it is elsewhere.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else as stored.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
@@ -70,6 +79,8 @@ def convert(
         output,
         to=to,
         entity_vocab=entity_vocab,
+        entity_emb_size=entity_emb_size,
+        tokenizer=tokenizer,
         dtype=_dtype(dtype),
         max_shard_size=max_shard_size,
         revision=revision,
@@ -90,14 +101,14 @@ def encode(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else as stored.")] = None,
     truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts longer than the model takes.")] = False,
-    shard_size: Annotated[int, typer.Option(help="Texts per file of safetensors.")] = 1000,
+    shard_size: Annotated[int, typer.Option(help="Texts per block, and so per file of safetensors.")] = 1000,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an output that was interrupted.")] = False,
 ) -> None:
     """Encode texts: the vectors of their words and entities."""
     from luke_kernels.vector_files import encode_file
 
     try:
-        encode_file(
+        counts = encode_file(
             texts,
             output,
             model,
@@ -113,6 +124,19 @@ def encode(
     except KeyboardInterrupt:
         print("interrupted; run the same command with --resume to continue", file=sys.stderr)
         raise typer.Exit(130) from None
+    print(counts, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print a warning as one line, without the place in the source."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _dtype(name: str | None) -> Any:
@@ -130,12 +154,15 @@ def main() -> None:
     """
     arguments = sys.argv[1:]
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        with _plain_warnings():
+            app([argument for argument in arguments if argument != "--debug"])
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside of a command, where typer sees to it
+        sys.exit(130)
 
 
 if __name__ == "__main__":

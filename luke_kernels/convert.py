@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from luke_kernels import checkpoint as checkpoints
@@ -20,7 +21,7 @@ from luke_kernels.config import LukeConfig, read_json
 from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
 from luke_kernels.heads import LukeForMaskedLM, LukeHead
 from luke_kernels.model import LukeModel, LukePreTrainedModel
-from luke_kernels.sources import ARCHIVES, Source
+from luke_kernels.sources import Source
 from luke_kernels.tokenizer import LukeTokenizer
 from luke_kernels.tokenizer.files import find_folder, read_settings, read_stored_entity_vocab, write_entity_vocab
 
@@ -32,6 +33,8 @@ KINDS = {
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MODELS: tuple[type[LukePreTrainedModel], ...] = (LukeModel, *LukeHead.__subclasses__())
 ARCHIVE = ".tar.gz"
+# Of files; who names a directory so meant a file.
+FILE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".safetensors", ".bin")
 # Of pretraining, Yamada et al. 2020; configs do not hold them.
 LENGTHS = {"max_entity_length": 128, "max_mention_length": 30}
 # RoBERTa's and XLM-R's words with `<ent>` and `<ent2>`, where no tokenizer tells whether these are there.
@@ -83,6 +86,8 @@ def convert(
     *,
     to: str = "luke",
     entity_vocab: str | Path | None = None,
+    entity_emb_size: int | None = None,
+    tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     revision: str | None = None,
@@ -102,12 +107,17 @@ def convert(
             of transformers, without entities and markers.
         entity_vocab: File of titles as `read_entity_vocab` takes it, [PAD], [UNK] and [MASK] among them; required for
             an encoder, refused for a LUKE.
+        entity_emb_size: Size of an entity's embedding in a LUKE from an encoder; None: 256, as in LUKE's. Refused for
+            a LUKE, which has its own.
+        tokenizer: Directory or hub id of the tokenizer of words; None: that of the source, which an archive does not
+            have. The titles are those of the source, or, where it has none, of the tokenizer. Refused for "original".
         dtype: float16, bfloat16 or float32; None: as stored.
         max_shard_size: As in `LukePreTrainedModel.save_pretrained`; for "original" there is one file.
-        revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub.
+        revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub; `revision` of the source.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or for "original" no entity vocabulary.
+        FileNotFoundError: there is no such checkpoint, `entity_vocab` or `tokenizer`, or for "original" no entity
+            vocabulary.
         ValueError: `output` exists and is no empty directory, an argument does not fit the source, or the checkpoint
             or `entity_vocab` is malformed.
         Nothing is written then.
@@ -117,6 +127,8 @@ def convert(
     """
     output = Path(output).resolve()
     _check(output, to, dtype, max_shard_size)
+    if tokenizer is not None and to == "original":
+        raise ValueError(f"tokenizer (--tokenizer) must be None for original, which holds none, got {tokenizer}")
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -125,22 +137,25 @@ def convert(
     }
     with _aside(output) as target, Source(source, **hub) as opened:
         kind = checkpoints.kind_of(opened)
-        _check_kind(kind, to, entity_vocab)
+        _check_kind(kind, to, entity_vocab, entity_emb_size)
+        words = None if tokenizer is None else find_folder(tokenizer, **{**hub, "revision": None})
         folder = opened.directory if Path(opened.name).exists() else find_folder(opened.name, **hub)
-        config, tensors, entities = _read(opened, kind, folder, entity_vocab)
+        config, tensors, entities = _read(opened, kind, folder, entity_vocab, entity_emb_size)
         if to == "original":
             _check_entities(opened.name, entities, config.entity_vocab_size)
         model = _load(opened.name, config, tensors, dtype, entities_are_new=kind == "encoder")
-        tokenizer, told = None, "none, the original repository loads that of bert_model_name"
-        if to != "original":
-            tokenizer, told = _tokenizer(folder, entities, config, is_new=kind == "encoder")
+        made, told = None, "none, the original repository loads that of bert_model_name"
+        if words is not None:
+            made, told = _named_tokenizer(words, str(tokenizer), entities, config)
+        elif to != "original":
+            made, told = _tokenizer(folder, entities, config, kind)
             told = told.replace(str(folder), opened.name)
         state: dict[str, Tensor] = dict(model.named_parameters())
         architecture = type(model).__name__
         if to == "luke":
             model.save_pretrained(target, max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(target)
+            if made is not None:
+                made.save_pretrained(target)
             elif entities:
                 write_entity_vocab(target, entities)
         elif to == "original":
@@ -152,11 +167,12 @@ def convert(
                 _warn_of_mask2(model, entities)
             _write_original(target, state, {"model_config": values, **lengths}, entities)
         else:
-            state, values = checkpoints.as_encoder(model, _has_markers(config, tokenizer))
+            state, values = checkpoints.as_encoder(model, _has_markers(config, made))
             architecture = values["architectures"][0]
             checkpoints.write(state, values, target, max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_words(target)
+            if made is not None:
+                made.save_words(target)
+                told = f"{Tokenizer.from_file(str(target / 'tokenizer.json')).get_vocab_size():,} words"
     return Conversion(
         source=opened.name,
         kind=kind,
@@ -177,17 +193,23 @@ def _check(output: Path, to: str, dtype: torch.dtype | None, max_shard_size: int
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     checkpoints.check_shard_size(max_shard_size)
-    if output.name.endswith(ARCHIVES) and not (to == "original" and output.name.endswith(ARCHIVE)):
+    if output.suffix.lower() in FILE_SUFFIXES and not (to == "original" and output.name.endswith(ARCHIVE)):
         raise ValueError(f"output must be a directory, or for original a {ARCHIVE}, got {output}")
     if output.exists() and (not output.is_dir() or output.name.endswith(ARCHIVE) or any(output.iterdir())):
         raise ValueError(f"output must be new or an empty directory, got {output}, which exists")
 
 
-def _check_kind(kind: str, to: str, entity_vocab: str | Path | None) -> None:
+def _check_kind(kind: str, to: str, entity_vocab: str | Path | None, entity_emb_size: int | None) -> None:
+    given = {"entity_vocab (--entity-vocab)": entity_vocab, "entity_emb_size (--entity-emb-size)": entity_emb_size}
+    for name, value in given.items():
+        if kind != "encoder" and value is not None:
+            raise ValueError(f"{name} must be None for a source that is a LUKE, with its own, got {value}")
     if kind == "encoder" and entity_vocab is None:
-        raise ValueError("entity_vocab must be given for a source that is an encoder of words, got None")
-    if kind != "encoder" and entity_vocab is not None:
-        raise ValueError(f"entity_vocab must be None for a source that is a LUKE, with its own, got {entity_vocab}")
+        raise ValueError(
+            "entity_vocab (--entity-vocab) must be given for a source that is an encoder of words, got None"
+        )
+    if entity_vocab is not None and not Path(entity_vocab).is_file():
+        raise FileNotFoundError(f"entity_vocab (--entity-vocab) must be a file, got {entity_vocab}, which is none")
     if kind == to == "encoder":
         raise ValueError("to must be luke or original for a source that is an encoder of words, got 'encoder'")
 
@@ -200,7 +222,7 @@ def _check_entities(name: str, entities: dict[str, int], size: int) -> None:
 
 
 def _read(
-    source: Source, kind: str, folder: Path, entity_vocab: str | Path | None
+    source: Source, kind: str, folder: Path, entity_vocab: str | Path | None, entity_emb_size: int | None
 ) -> tuple[LukeConfig, checkpoints.Tensors, dict[str, int]]:
     """Return a LUKE's config, tensors and entity vocabulary; {} where there is none."""
     if entity_vocab is not None:
@@ -210,7 +232,8 @@ def _read(
             raise ValueError(
                 f"{entity_vocab} must hold the titles [PAD], [UNK] and [MASK], got no {', '.join(missing)}"
             )
-        config, tensors = checkpoints.start_from_encoder(source, None, max(entities.values()) + 1, {})
+        changes = {} if entity_emb_size is None else {"entity_emb_size": entity_emb_size}
+        config, tensors = checkpoints.start_from_encoder(source, None, max(entities.values()) + 1, changes)
         return config, tensors, entities
     config, tensors = checkpoints.read_config(source, {}), checkpoints.read_tensors(source)
     try:
@@ -264,21 +287,44 @@ def _empty_model(config: LukeConfig, tensors: checkpoints.Tensors, entities_are_
     return model
 
 
+def _named_tokenizer(
+    folder: Path, name: str, entities: dict[str, int], config: LukeConfig
+) -> tuple[LukeTokenizer, str]:
+    """Return the tokenizer that the user named, with these entities, and a description of it; raise if there is none.
+
+    Without entities it is one with entities of its own.
+    """
+    tokenizer = LukeTokenizer.from_pretrained(folder, entity_vocab=entities or None)
+    if not _has_markers(config, tokenizer):
+        raise ValueError(
+            f"tokenizer (--tokenizer) must have the model's {config.vocab_size} words with <ent> and <ent2>, got "
+            f"{len(tokenizer)} of {name}"
+        )
+    _check_entities(name, tokenizer.entity_vocab, config.entity_vocab_size)
+    return tokenizer, _told(tokenizer)
+
+
+def _told(tokenizer: LukeTokenizer) -> str:
+    return f"{len(tokenizer):,} words, {len(tokenizer.entity_vocab):,} titles"
+
+
 def _tokenizer(
-    folder: Path, entities: dict[str, int], config: LukeConfig, is_new: bool
+    folder: Path, entities: dict[str, int], config: LukeConfig, kind: str
 ) -> tuple[LukeTokenizer | None, str]:
     """Return the tokenizer of a folder with these entities, or None; and a description of it for the user."""
     try:
         tokenizer = LukeTokenizer.from_pretrained(folder, entity_vocab=entities or None)
     except (FileNotFoundError, NotImplementedError) as error:
+        if kind == "original" and isinstance(error, FileNotFoundError):
+            return None, f"none; --tokenizer names one, say {config.extra.get('bert_model_name', 'roberta-base')}"
         return None, f"none, {error}"
-    if is_new and not _has_markers(config, tokenizer):
+    if kind == "encoder" and not _has_markers(config, tokenizer):
         # Its markers would be other words of the model.
         return (
             None,
             f"none, it must have the model's {config.vocab_size} words with <ent> and <ent2>, got {len(tokenizer)}",
         )
-    return tokenizer, f"{len(tokenizer):,} words, {len(entities):,} titles"
+    return tokenizer, _told(tokenizer)
 
 
 def _has_markers(config: LukeConfig, tokenizer: LukeTokenizer | None) -> bool:

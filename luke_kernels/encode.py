@@ -138,12 +138,18 @@ class TextEncoder:
                 "tokenizer must be a LukeTokenizer of luke_kernels, "
                 f"got {type(tokenizer).__module__}.{type(tokenizer).__name__}"
             )
+        config = model.config
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"tokenizer must have at most the {config.vocab_size} words of the model (vocab_size), "
+                f"got {len(tokenizer)}, another model's"
+            )
         for name, value in (("max_tokens", max_tokens), ("layer", layer)):
             if type(value) is not int:
                 raise TypeError(f"{name} must be an int, got {value!r}")
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-        last = model.config.num_hidden_layers
+        last = config.num_hidden_layers
         if not -last - 1 <= layer <= last:
             raise ValueError(f"layer must lie in [{-last - 1}, {last}] for a model of {last} layers, got {layer}")
         self.model, self.tokenizer = model.encoder_model, tokenizer
@@ -195,6 +201,13 @@ class TextEncoder:
             raise ValueError(
                 f"{text.name}: text must have at most {limit} tokens, those of the model, or be cut with "
                 f"truncation=True (--truncation), got {len(encoding['input_ids'])}"
+            )
+        entities = self.model.config.entity_vocab_size
+        largest = max(encoding.get("entity_ids", ()), default=-1)
+        if largest >= entities:
+            raise ValueError(
+                f"{text.name}: entities must have ids below the {entities} of the model (entity_vocab_size), "
+                f"got {largest} from the tokenizer, which is another model's"
             )
         return encoding
 

@@ -122,20 +122,26 @@ def download(name: str, patterns: tuple[str, ...], **hub: Any) -> Path:
     Raises:
         FileNotFoundError: `name` is no directory, and no id of a repository that the hub gives out.
     """
+    rule = f"{name} must be a directory, an archive or an id on the hub"
+    if Path(name).is_file():
+        raise FileNotFoundError(f"{rule}, got a file whose name ends in none of {', '.join(ARCHIVES)}")
     if Path(name).is_absolute() or name.startswith("."):
-        raise FileNotFoundError(f"{name} must be a directory, an archive or an id on the hub, got no such directory")
+        raise FileNotFoundError(f"{rule}, got no such directory or file")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **hub))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} must be a directory, an archive or an id on the hub, got: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            # What it says is of several lines, the error of the network within.
+            cause = error.__cause__
+            reason = f"the hub cannot be reached ({first_line(cause)})" if cause else "the hub's cache does not hold it"
+        raise FileNotFoundError(f"{rule}, got no such directory or file here, and {reason}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error says first, or its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

@@ -1,15 +1,20 @@
 """A file of texts -> files of their vectors: JSON lines, or shards of safetensors; interrupted work can be resumed."""
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -21,14 +26,52 @@ from luke_kernels.model import LukeModel
 from luke_kernels.sources import ARCHIVES
 from luke_kernels.tokenizer import LukeTokenizer
 
-# A text and its id, None where it has none.
-Record = tuple[Text, Any]
-
 # Significant digits from which each number is read back exactly.
 DIGITS = {torch.float64: 17, torch.float32: 9, torch.float16: 5, torch.bfloat16: 4}
 
 # Names of files that are not written, and which a directory of shards should not have.
 OTHER_FORMATS = (".json", ".gz", ".safetensors")
+
+GZIP = b"\x1f\x8b"
+
+
+class Record(NamedTuple):
+    """A text, its id, None where it has none, and the SHA-256 of all texts up to it, which tells whether they changed.
+
+    It is of a JSON list [text, entity_spans, entities, id] a text.
+    """
+
+    text: Text
+    identity: Any
+    digest: str
+
+
+@dataclass
+class Counts:
+    """What `encode_file` wrote: texts, their words and entities; what truncation took; what it cost.
+
+    Attributes:
+        words: Special tokens included.
+        cut: Texts that lost words.
+        dropped: Entities that are not among `entities`.
+        found: Texts that the output had before.
+        seconds: Without the loading of the model.
+    """
+
+    texts: int = 0
+    words: int = 0
+    entities: int = 0
+    cut: int = 0
+    dropped: int = 0
+    found: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = f", {self.texts / self.seconds:.1f} texts/s" if self.texts and self.seconds else ""
+        parts = [f"encoded {self.texts} texts: {self.words} words, {self.entities} entities"]
+        parts += [f"{self.cut} texts cut, {self.dropped} entities dropped"] if self.cut or self.dropped else []
+        parts += [f"{self.found} texts were there"] if self.found else []
+        return f"{'; '.join(parts)}; {self.seconds:.1f} s{rate}"
 
 
 def encode_file(
@@ -44,7 +87,7 @@ def encode_file(
     truncation: bool = False,
     shard_size: int = 1000,
     resume: bool = False,
-) -> None:
+) -> Counts:
     """Encode a file of texts into a file or a directory of vectors.
 
     Texts are encoded in blocks of `shard_size`, each on its own, so that what is in a batch, and with it the rounding,
@@ -60,14 +103,17 @@ def encode_file(
         layer, max_tokens, truncation: As in `luke_kernels.encode`.
         device: `"auto"`: the GPU where torch sees one.
         dtype: Of the weights and the vectors, float16, bfloat16, float32 or float64; None: as stored.
-        shard_size: Texts of a shard, whose vectors are held in memory, twice while they are joined.
+        shard_size: Texts of a block, and so of a shard, whose vectors are held in memory, twice while they are joined.
         resume: Whether to continue after the last whole line or shard that `output` has.
+
+    Returns:
+        `Counts` of what was written.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule; `output` exists and `resume` is False, or it was made with
-            other settings, or another process writes it; a text is malformed, named by file and line. What was written
-            before stays.
-        FileNotFoundError: `texts` does not exist.
+            other settings or of other texts, or another process writes it; a text is malformed, named by file and line.
+            What was written before stays.
+        FileNotFoundError: `texts` does not exist, or there is no model or tokenizer.
     """
     if type(shard_size) is not int or shard_size < 1:
         raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
@@ -86,34 +132,83 @@ def encode_file(
     if found.exists and not resume:
         raise ValueError(f"output must be new, or resume (--resume) be set to continue it, got {output}")
     # All lines of a file are checked before the first is encoded; pipes can be read only once.
-    total = sum(1 for _ in read_texts(texts)) if not from_stdin and Path(texts).is_file() else None
+    total = sum(1 for _ in _same_texts(texts, found)) if not from_stdin and Path(texts).is_file() else None
     encoder = TextEncoder(
         _Encoder.from_pretrained(model, dtype=dtype, device=chosen),
-        LukeTokenizer.from_pretrained(model if tokenizer is None else tokenizer),
+        _load_tokenizer(model, tokenizer),
         max_tokens=max_tokens,
         layer=layer,
         truncation=truncation,
     )
-    # What vectors depend on beyond rounding, and only where they exist at all.
+    # What vectors depend on beyond rounding, and the blocks, which are never mixed.
     settings = {
         "model": str(model),
         "tokenizer": str(model if tokenizer is None else tokenizer),
         "layer": encoder.layer,
         "dtype": str(encoder.model.dtype).removeprefix("torch."),
+        "shard_size": shard_size,
     }
     if found.num_texts and found.settings != settings:
-        raise ValueError(f"output must have been made with {settings} to be resumed, got {found.settings}")
+        others = [name for name in settings if found.settings.get(name) != settings[name]]
+        made, asked = (", ".join(f"{name} {each.get(name)}" for name in others) for each in (found.settings, settings))
+        raise ValueError(f"output must have been made with {asked} to be resumed, got {made}")
+    counts = Counts(found=found.num_texts)
+    began = time.perf_counter()
     skipped = 0
-    records = read_texts(texts)
+    records = _same_texts(texts, found)
     with target, text_progress(total, found.num_texts - found.num_texts % shard_size) as advance:
         while block := list(islice(records, shard_size)):
             done = min(found.num_texts - skipped, len(block))
             skipped += done
             if done < len(block):
-                vectors = encoder.encode((text for text, _ in block), advance)
-                target.write(settings, block[done:], islice(vectors, done, None))
+                vectors = islice(encoder.encode((record.text for record in block), advance), done, None)
+                limit = encoder.model.config.max_words if truncation else None
+                target.write(settings, block[done:], _counted(counts, block[done:], vectors, limit))
     if skipped < found.num_texts:
         raise ValueError(f"texts must have the {found.num_texts} that output has, got {skipped}")
+    counts.seconds = time.perf_counter() - began
+    return counts
+
+
+def _load_tokenizer(model: str | Path, tokenizer: str | Path | None) -> LukeTokenizer:
+    try:
+        return LukeTokenizer.from_pretrained(model if tokenizer is None else tokenizer)
+    except FileNotFoundError as error:
+        if tokenizer is not None:
+            raise
+        raise FileNotFoundError(
+            f"tokenizer (--tokenizer) must be given where model has none, got None: {error}"
+        ) from None
+
+
+def _same_texts(path: str | Path, found: "Found") -> Iterator[Record]:
+    """Yield the texts of JSON lines; refuse those that are not what an output was made of."""
+    same = 0
+    for number, record in enumerate(read_texts(path), 1):
+        expected = found.digests.get(number)
+        if expected is not None and expected != record.digest:
+            before = number - same - 1
+            others = f"or one of the {before} before it, " if before else ""
+            raise ValueError(
+                f"texts must be those that output was made of, got {record.text.name}, {others}"
+                "with another text, entity_spans, entities or id"
+            )
+        same = number if expected is not None else same
+        yield record
+
+
+def _counted(
+    counts: Counts, records: list[Record], vectors: Iterator[TextVectors], limit: int | None
+) -> Iterator[TextVectors]:
+    """Pass vectors on and count them; texts of `limit` words are cut where their last characters are in none."""
+    for record, result in zip(records, vectors, strict=True):
+        yield result
+        counts.texts += 1
+        counts.words += len(result.words)
+        counts.entities += len(result.entities)
+        counts.dropped += len(result.dropped_spans)
+        # Offsets are of characters without the space around a word.
+        counts.cut += len(result.words) == limit and int(result.offsets.max()) < len(record.text.text.rstrip())
 
 
 class _Encoder(LukeModel):
@@ -124,15 +219,24 @@ class _Encoder(LukeModel):
 
 
 def read_texts(path: str | Path) -> Iterator[Record]:
-    """Yield the texts of JSON lines, named by file and line, and their ids.
+    """Yield the texts of JSON lines, named by file and line.
 
     Raises:
         ValueError: a line is no JSON object with a text, or its text or id cannot be encoded or written.
     """
     from_stdin = str(path) == "-"
     with open(sys.stdin.fileno() if from_stdin else path, "rb", closefd=not from_stdin) as lines:
+        digest = hashlib.sha256()
         for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith(GZIP):
+                name = "FILE" if from_stdin else path
+                raise ValueError(
+                    f"{'stdin' if from_stdin else path}: must be JSON lines, got gzip: "
+                    f"zcat {name} | luke-kernels encode - ..."
+                )
             where = f"{'stdin' if from_stdin else path}, line {number}"
+            if not line.strip():
+                raise ValueError(f"{where}: must be a JSON object, got an empty line")
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -151,7 +255,9 @@ def read_texts(path: str | Path) -> Iterator[Record]:
                 json.dumps(identity, allow_nan=False)
             except ValueError:
                 raise ValueError(f"{where}: id must hold finite numbers only, got {identity!r}") from None
-            yield Text(where, text, record.get("entity_spans"), record.get("entities")), identity
+            spans, entities = record.get("entity_spans"), record.get("entities")
+            digest.update(json.dumps([text, spans, entities, identity]).encode())
+            yield Record(Text(where, text, spans, entities), identity, digest.hexdigest())
 
 
 def _open_alone(path: Path, output: Path) -> IO[bytes]:
@@ -167,22 +273,34 @@ def _open_alone(path: Path, output: Path) -> IO[bytes]:
     return file
 
 
+def _check_below(output: Path) -> None:
+    file = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output must lie in a directory, got {output}, and {file} is a file")
+
+
 def _changed(output: Path) -> ValueError:
     return ValueError(f"output must be written by one process at a time, got {output}, which has changed meanwhile")
 
 
 class Found(NamedTuple):
-    """What there is of an output: whether anything, of how many texts, made with which settings."""
+    """What there is of an output: whether anything, of how many texts, made with which settings, of which texts.
+
+    `digests` are those of the texts before, by their number, where the output has them: after each line or shard.
+    """
 
     exists: bool
     num_texts: int = 0
     settings: Any = None
+    digests: Mapping[int, str] = MappingProxyType({})
 
 
 class JsonLines:
-    """A file with one line per text; each line says what made it."""
+    """A file with one line per text; each line says what made it, and of which texts up to its own."""
 
     HEAD = b'{"settings": '
+    # Found in a line without reading its vectors; within a string of JSON the quotes would be escaped.
+    DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
     def __init__(self, path: Path):
         self.path = path
@@ -191,21 +309,24 @@ class JsonLines:
 
     def find(self) -> Found:
         """Look for whole lines; a partial one after them is cut off when writing begins."""
+        _check_below(self.path)
         if not self.path.exists():
             return Found(False)
         if not self.path.is_file():
             raise ValueError(f"output must be a file where it ends in .jsonl, got {self.path}")
-        num_texts, settings = 0, None
+        digests: dict[int, str] = {}
+        settings = None
         with self.path.open("rb") as lines:
             for line in lines:
-                if not self.HEAD.startswith(line[: len(self.HEAD)]):
+                whole, digest = line.endswith(b"\n"), self.DIGEST.search(line)
+                if not self.HEAD.startswith(line[: len(self.HEAD)]) or (whole and digest is None):
                     raise ValueError(f"output must hold lines of vectors only, got {line[:60]!r} in {self.path}")
-                if line.endswith(b"\n"):
+                if whole and digest is not None:
                     settings = settings or json.loads(line)["settings"]
-                    num_texts += 1
+                    digests[len(digests) + 1] = digest[1].decode()
                     self._size += len(line)
                 self._found_size += len(line)
-        return Found(self._found_size > 0, num_texts, settings)
+        return Found(self._found_size > 0, len(digests), settings, digests)
 
     def __enter__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,9 +341,10 @@ class JsonLines:
 
     def write(self, settings: dict[str, Any], records: list[Record], vectors: Iterator[TextVectors]) -> None:
         """Write a line for each text as its vectors come; when interrupted, whole lines."""
-        for (text, identity), result in zip(records, vectors, strict=True):
+        for (text, identity, digest), result in zip(records, vectors, strict=True):
             values = {
                 "settings": json.dumps(settings),
+                "digest": json.dumps(digest),
                 **({} if identity is None else {"id": json.dumps(identity)}),
                 "words": _json_rows(text.name, "words", result.words),
                 "entities": _json_rows(text.name, "entities", result.entities),
@@ -251,7 +373,7 @@ def _json_rows(where: str, name: str, states: Tensor) -> str:
 
 
 class Shards:
-    """A directory of 00000.safetensors and so on; each shard says what made it."""
+    """A directory of 00000.safetensors and so on; each shard says what made it, and of which texts up to its last."""
 
     def __init__(self, path: Path):
         self.path, self._aside = path, path / ".writing"
@@ -261,6 +383,7 @@ class Shards:
         """Look for shards, which are whole: a partial one is never moved into place."""
         from safetensors import SafetensorError, safe_open
 
+        _check_below(self.path)
         if not self.path.exists():
             if self.path.name.endswith(OTHER_FORMATS):
                 raise ValueError(f"output must end in .jsonl or be a directory, got {self.path}")
@@ -270,17 +393,22 @@ class Shards:
         numbers = sorted(int(path.stem) for path in self.path.glob("*.safetensors") if path.stem.isdecimal())
         if numbers != list(range(len(numbers))):
             raise ValueError(f"output must hold all shards from 00000 on, got {numbers} in {self.path}")
-        if not numbers:
-            return Found(any(self.path.iterdir()))
-        path = self.path / f"{numbers[-1]:05}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as shard:
-                about = json.loads(shard.metadata()["about"])
-            num_texts, settings = about["first_text"] + len(about["ids"]), about["settings"]
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"output must hold whole shards of vectors, got {path}: {error!r}") from None
+        shards = [self.path / f"{number:05}.safetensors" for number in numbers]
+        foreign = sorted({path.name for path in self.path.iterdir()} - {path.name for path in (*shards, self._aside)})
+        if foreign:
+            raise ValueError(f"output must be a directory of shards and nothing else, got {foreign[0]} in {self.path}")
+        digests: dict[int, str] = {}
+        num_texts, settings = 0, None
+        for path in shards:
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    about = json.loads(shard.metadata()["about"])
+                num_texts, settings = about["first_text"] + len(about["ids"]), dict(about["settings"])
+                digests[num_texts] = about["digest"]
+            except (SafetensorError, TypeError, KeyError, ValueError) as error:
+                raise ValueError(f"output must hold whole shards of vectors, got {path}: {error!r}") from None
         self._num_shards, self._num_texts = len(numbers), num_texts
-        return Found(True, num_texts, settings)
+        return Found(bool(shards) or self._aside.exists(), num_texts, settings, digests)
 
     def __enter__(self) -> None:
         self._aside.mkdir(parents=True, exist_ok=True)
@@ -313,7 +441,12 @@ class Shards:
         for name in list(parts):
             # Popped, so that the parts are freed before the next are joined and the file is written.
             tensors[name] = torch.cat(parts.pop(name))
-        about = {"first_text": self._num_texts, "settings": settings, "ids": [identity for _, identity in records]}
+        about = {
+            "first_text": self._num_texts,
+            "settings": settings,
+            "digest": records[-1].digest,
+            "ids": [record.identity for record in records],
+        }
         name = f"{self._num_shards:05}.safetensors"
         try:
             # One entry: of several the order in the file would be random.

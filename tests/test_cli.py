@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from luke_kernels import __version__, cli, demo, selfcheck, vector_files
-from luke_kernels.vector_files import encode_file
+from luke_kernels.vector_files import Counts, encode_file
 
 RUNNER = CliRunner()
 
@@ -93,8 +93,14 @@ def test_a_bug_shows_its_traceback(run):
         run("demo", error=KeyError("batch"))
 
 
-def test_ctrl_c(run):
+def test_ctrl_c(run, monkeypatch):
     assert run("demo", error=KeyboardInterrupt()) == (130, "")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)  # outside of a command
+    assert run("demo") == (130, "")
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["demo", "--nothing"], ["encode", "texts.jsonl"]])
@@ -119,8 +125,17 @@ def test_a_broken_pipe_is_quiet(command):
 
 def test_encode(run, monkeypatch):
     calls = []
-    monkeypatch.setattr(vector_files, "encode_file", lambda *texts, **options: calls.append((texts, options)))
-    assert run("encode", "texts.jsonl", "vectors", "--model", "luke") == (0, "")
+
+    def spy(*texts, **options):
+        calls.append((texts, options))
+        return counts
+
+    monkeypatch.setattr(vector_files, "encode_file", spy)
+    counts = Counts(texts=3, words=20, entities=4, seconds=0.5)
+    printed = "encoded 3 texts: 20 words, 4 entities; 0.5 s, 6.0 texts/s\n"
+    assert run("encode", "texts.jsonl", "vectors", "--model", "luke") == (0, printed)
+    counts = Counts(cut=1, dropped=2, found=5, seconds=0.5)
+    printed = "encoded 0 texts: 0 words, 0 entities; 1 texts cut, 2 entities dropped; 5 texts were there; 0.5 s\n"
     assert run(
         *["encode", "-", "vectors.jsonl", "--model", "luke", "--tokenizer", "roberta", "--layer", "-2"],
         *[
@@ -135,7 +150,7 @@ def test_encode(run, monkeypatch):
             "7",
             "--resume",
         ],
-    ) == (0, "")
+    ) == (0, printed)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(encode_file).parameters.items()

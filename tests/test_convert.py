@@ -178,7 +178,7 @@ def test_an_original_becomes_a_luke(tmp_path, kind):
     source = pack(tmp_path / "m", tmp_path / "luke.tar.gz")
     conversion = convert(source, tmp_path / "out")
     assert (conversion.kind, conversion.architecture) == ("original", "LukeForMaskedLM")
-    assert conversion.tokenizer.startswith(f"none, {source} must hold vocab.json and merges.txt, or ")
+    assert conversion.tokenizer == "none; --tokenizer names one, say roberta-base"
     assert_holds(
         heads.LukeForMaskedLM.from_pretrained(tmp_path / "out"),
         dict(heads.LukeForMaskedLM.from_pretrained(source).named_parameters()),
@@ -200,6 +200,32 @@ def test_an_original_with_words_beside_it_gets_a_tokenizer(tmp_path):
     convert(tmp_path / "m", tmp_path / "out")
     tokenizer = LukeTokenizer.from_pretrained(tmp_path / "out")
     assert (len(tokenizer), tokenizer.entity_mask2_token_id, tokenizer.entity_vocab["f"]) == (4002, 9, 8)
+
+
+@pytest.mark.parametrize("to", ["luke", "encoder"])
+def test_an_original_gets_the_words_of_another_place_and_keeps_its_titles(tmp_path, to):
+    state = weights_of(heads.LukeForMaskedLM, vocab_size=4002)
+    original(tmp_path / "m", state, ["[PAD]", "[UNK]", "[MASK]", *"abcdef"], vocab_size=4002)
+    source = pack(tmp_path / "m", tmp_path / "luke.tar.gz")
+    conversion = convert(source, tmp_path / "out", to=to, tokenizer=BUNDLED)
+    if to == "luke":
+        assert conversion.tokenizer == "4,002 words, 10 titles"
+        tokenizer = LukeTokenizer.from_pretrained(tmp_path / "out")
+        assert (len(tokenizer), tokenizer.entity_mask2_token_id, tokenizer.entity_vocab["f"]) == (4002, 9, 8)
+    else:
+        assert conversion.tokenizer == "4,000 words"
+        assert (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_a_luke_without_titles_gets_those_of_the_tokenizer(tmp_path):
+    sizes = {"vocab_size": 4002, "entity_vocab_size": 500}
+    write(tmp_path / "m", weights_of(LukeModel, **sizes), config=sizes)
+    convert(tmp_path / "m", tmp_path / "out", tokenizer=BUNDLED)
+    stored = LukeTokenizer.from_pretrained(tmp_path / "out").entity_vocab
+    assert stored == LukeTokenizer.from_pretrained(BUNDLED).entity_vocab
+    write(tmp_path / "few", weights_of(LukeModel, vocab_size=4002), config={"vocab_size": 4002})
+    with pytest.raises(ValueError, match=r"tokenizer must have titles of 9 entities, got the id \d+$"):
+        convert(tmp_path / "few", tmp_path / "out2", tokenizer=BUNDLED)
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])
@@ -334,12 +360,20 @@ def test_an_encoder_becomes_a_luke(tmp_path, kind):
     assert json.loads((tmp_path / "out/config.json").read_text())["bert_model_name"] == kind
 
 
+def test_the_size_of_entities_on_an_encoder(tmp_path):
+    encoder(tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "out", entity_vocab=titles(tmp_path), entity_emb_size=8)
+    assert stored_in(tmp_path / "out")[ENTITIES].shape == (4, 8)
+    assert json.loads((tmp_path / "out/config.json").read_text())["entity_emb_size"] == 8
+
+
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_from_an_encoder_and_back(tmp_path, kind):
     state = encoder(tmp_path / "m", kind)
     convert(tmp_path / "m", tmp_path / "luke", entity_vocab=titles(tmp_path))
     conversion = convert(tmp_path / "luke", tmp_path / "back", to="encoder")
     assert conversion.architecture == "RobertaForMaskedLM"
+    assert conversion.tokenizer == "4,000 words"
     back = {name.replace("roberta.", "luke."): tensor for name, tensor in stored_in(tmp_path / "back").items()}
     assert back.keys() == state.keys()
     if kind == "bert":  # whose positions have no row for the pad
@@ -409,6 +443,14 @@ def test_words_that_are_not_the_model_s_make_no_tokenizer(tmp_path):
         ("there.tar.gz", {"to": "original"}, r"^output must be new or .*/there.tar.gz, which exists$"),
         ("new.tar.gz", {}, r"^output must be a directory, or for original a .tar.gz, got .*/new.tar.gz$"),
         ("new.tar.xz", {"to": "original"}, r"^output must be a directory, or for original a .tar.gz"),
+        ("new.zip", {"to": "original"}, r"^output must be a directory, or for original a .tar.gz, got .*/new.zip$"),
+        ("new.safetensors", {}, r"^output must be a directory, .*, got .*/new.safetensors$"),
+        ("new.BIN", {"to": "encoder"}, r"^output must be a directory, .*, got .*/new.BIN$"),
+        (
+            "new",
+            {"to": "original", "tokenizer": "a"},
+            r"^tokenizer \(--tokenizer\) must be None for original, .*, got a$",
+        ),
         ("new", {"to": "bert"}, r"^to must be one of luke, original, encoder, got 'bert'$"),
         ("new", {"dtype": torch.int8}, r"^dtype must be one of torch.float16, .*, got torch.int8$"),
         ("new", {"dtype": "half"}, r"^dtype must be one of torch.float16, .*, got half$"),
@@ -430,11 +472,31 @@ def test_refused_before_anything_is_read(tmp_path, output, arguments, message):
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
-        ("luke", {"entity_vocab": "a.tsv"}, r"^entity_vocab must be None for .* a LUKE, .*, got a.tsv$"),
-        ("original", {"entity_vocab": "a.tsv"}, r"^entity_vocab must be None for .* a LUKE"),
-        ("roberta", {}, r"^entity_vocab must be given for .* an encoder of words, got None$"),
-        ("roberta", {"entity_vocab": "a.tsv", "to": "encoder"}, r"^to must be luke or original for .* encoder"),
-        ("roberta", {"entity_vocab": "/nowhere.tsv"}, r"No such file"),
+        (
+            "luke",
+            {"entity_vocab": "a.tsv"},
+            r"^entity_vocab \(--entity-vocab\) must be None for .* a LUKE, .*, got a.tsv$",
+        ),
+        ("original", {"entity_vocab": "a.tsv"}, r"^entity_vocab \(--entity-vocab\) must be None for .* a LUKE"),
+        ("roberta", {}, r"^entity_vocab \(--entity-vocab\) must be given for .* an encoder"),
+        ("roberta", {"entity_vocab": "TITLES", "to": "encoder"}, r"^to must be luke or original for .* encoder"),
+        ("roberta", {"entity_vocab": "/nowhere.tsv"}, r"^entity_vocab \(--entity-vocab\) must be a file, got /nowhere"),
+        (
+            "luke",
+            {"entity_emb_size": 8},
+            r"^entity_emb_size \(--entity-emb-size\) must be None for .* LUKE, .*, got 8$",
+        ),
+        (
+            "roberta",
+            {"entity_vocab": "TITLES", "entity_emb_size": 0},
+            r"^entity_emb_size must be a positive int, got 0$",
+        ),
+        ("luke", {"tokenizer": "/nowhere"}, r"^/nowhere must be .*, got no such directory or file$"),
+        (
+            "original",
+            {"tokenizer": BUNDLED},
+            r"^tokenizer \(--tokenizer\) must have the model's 40 words .*, got 4002 of ",
+        ),
         ("bert", {"entity_vocab": "TITLES", "to": "original"}, r"^to must be luke or encoder .* no RoBERTa's"),
         ("luke", {"to": "original"}, r"must hold an entity vocabulary, .*, got none$"),
         ("roberta", {"entity_vocab": "PLAIN"}, r"/entities.tsv must hold .*, got no \[PAD\], \[UNK\], \[MASK\]$"),
@@ -530,12 +592,26 @@ def test_the_command_tells_what_it_did(tmp_path, masked_lm):
     assert written == f"{tmp_path}/out: config.json (0.0 MB), model.safetensors (0.0 MB)"
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default")
+def test_the_command_warns_in_a_sentence(tmp_path, masked_lm, monkeypatch, capsys):
+    write(tmp_path / "m", {**masked_lm, "classifier.weight": torch.ones(2, 16)})
+    monkeypatch.setattr("sys.argv", ["luke-kernels", "convert", str(tmp_path / "m"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    expected = f"warning: LukeForMaskedLM from {tmp_path}/m: weights left out: classifier.weight\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--to", "bert"], "to must be one of luke, original, encoder, got 'bert'"),
         (["--dtype", "half8"], "dtype must be one of"),
-        (["--entity-vocab", "a.tsv"], "entity_vocab must be None"),
+        (["--entity-vocab", "a.tsv"], "entity_vocab (--entity-vocab) must be None"),
+        (["--entity-emb-size", "8"], "entity_emb_size (--entity-emb-size) must be None"),
+        (["--tokenizer", "/nowhere"], "/nowhere must be a directory"),
         (["--max-shard-size", "0"], "max_shard_size must be"),
     ],
     ids=str,

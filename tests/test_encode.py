@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gc
+import gzip
 import io
 import itertools
 import json
@@ -159,10 +160,26 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_model_is_left_as_it_was_by_an_error():
-    luke = model(vocab_size=10).train()
-    with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 9\]"):
+    def fail(*_):
+        raise RuntimeError("in the model")
+
+    luke = model().train()
+    luke.encoder["layer"][0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the model"):
         next(encode(luke, TOKENIZER, TEXTS))
     assert all(module.training for module in luke.modules())
+
+
+def test_a_tokenizer_of_another_model():
+    with pytest.raises(
+        ValueError, match=r"^tokenizer must have at most the 99 words of the model .*, got 4002, another model's$"
+    ):
+        encode(model(vocab_size=99), TOKENIZER, TEXTS)
+    luke = model(entity_vocab_size=5)
+    assert len(list(encode(luke, TOKENIZER, TEXTS, SPANS))) == len(TEXTS)  # [MASK] it has
+    title = max(TOKENIZER.entity_vocab, key=TOKENIZER.entity_vocab.get)
+    with pytest.raises(ValueError, match=r"^text 1: entities must have ids below the 5 of the model .*, got 65 from"):
+        list(encode(luke, TOKENIZER, ["Ada", "Bob"], [None, [(0, 3)]], [None, [title]]))
 
 
 def test_results_have_memory_of_their_own():
@@ -471,13 +488,94 @@ def test_what_there_is_is_never_overwritten(checkpoint, texts, tmp_path, name):
     content = content_of(output)
     with pytest.raises(ValueError, match=r"^output must be new, or resume .* be set"):
         encode_file(texts, output, checkpoint)
-    for change in ({"layer": 0}, {"dtype": torch.bfloat16}, {"tokenizer": BUNDLED}):
-        with pytest.raises(ValueError, match=r"^output must have been made with .* to be resumed, got "):
+    for change, asked, made in (
+        ({"layer": 0}, "layer 0", "layer 2"),
+        ({"dtype": torch.bfloat16, "layer": 1}, "layer 1, dtype bfloat16", "layer 2, dtype float32"),
+        ({"tokenizer": BUNDLED}, f"tokenizer {BUNDLED}", f"tokenizer {checkpoint}"),
+        ({"shard_size": 999}, "shard_size 999", "shard_size 1000"),
+    ):
+        message = f"^output must have been made with {asked} to be resumed, got {made}$"
+        with pytest.raises(ValueError, match=message):
             encode_file(texts, output, checkpoint, resume=True, **change)
     assert content_of(output) == content
     # What changes no vector of a text beyond rounding may change.
     encode_file(texts, output, checkpoint, resume=True, layer=2, truncation=True, max_tokens=9, device="cpu")
     assert content_of(output) == content
+
+
+@pytest.mark.parametrize("key", ["text", "entity_spans", "entities", "id"])
+@pytest.mark.parametrize("from_stdin", [False, True])
+def test_other_texts_are_not_gone_on_with(checkpoint, texts, tmp_path, monkeypatch, key, from_stdin):
+    """Named are those between which the output tells a difference; nothing is written."""
+    outputs = [tmp_path / "vectors.jsonl", tmp_path / "vectors"]
+    rows = [json.loads(line) for line in lines_of()]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
+    for output in outputs:
+        encode_file(texts, output, checkpoint, shard_size=3)
+    before = [content_of(output) for output in outputs]
+    rows[4][key] = {"text": rows[4]["text"] + " ", "entity_spans": [], "entities": None, "id": 4}[key]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for output, which in zip(outputs, (".*, line 5", ".*, line 6, or one of the 2 before it"), strict=True):
+        with open(texts, "rb") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            with pytest.raises(ValueError, match=rf"^texts must be those that output was made of, got {which}, with"):
+                encode_file("-" if from_stdin else texts, output, checkpoint, shard_size=3, resume=True)
+    assert [content_of(output) for output in outputs] == before
+
+
+def test_a_directory_of_other_files_is_left_alone(checkpoint, texts, tmp_path):
+    before = content_of(checkpoint)
+    for resume in (False, True):
+        with pytest.raises(
+            ValueError, match=r"^output must be a directory of shards and nothing else, got config.json"
+        ):
+            encode_file(texts, checkpoint, checkpoint, resume=resume)
+    assert content_of(checkpoint) == before
+    output = tmp_path / "vectors"
+    encode_file(texts, output, checkpoint)
+    (output / "0.safetensors").write_bytes(b"mine")
+    (output / "00000.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"and nothing else, got 0.safetensors in "):
+        encode_file(texts, output, checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors"])
+def test_counts(checkpoint, texts, tmp_path, name):
+    long = [json.dumps({"text": LONG + " ", "entity_spans": [[0, 3], [len(LONG) - 8, len(LONG) - 2]]})]
+    texts.write_text("\n".join(lines_of()[:2] + long))
+    counts = encode_file(texts, tmp_path / name, checkpoint, shard_size=2, truncation=True)
+    results = list(encode(LukeModel.from_pretrained(checkpoint), TOKENIZER, TEXTS[:2], SPANS[:2]))
+    words, entities = (sum(len(getattr(each, name)) for each in results) for name in ("words", "entities"))
+    assert (counts.texts, counts.words, counts.entities) == (3, words + 58, entities + 1)
+    assert (counts.cut, counts.dropped, counts.found) == (1, 1, 0)
+    assert counts.seconds > 0
+    texts.write_text("\n".join(lines_of()[:2] + long + lines_of()[7:]))
+    counts = encode_file(texts, tmp_path / name, checkpoint, shard_size=2, truncation=True, resume=True)
+    assert (counts.texts, counts.cut, counts.dropped, counts.found) == (2, 0, 0, 3)
+
+
+def test_a_text_that_just_fits_is_not_cut(checkpoint, texts, tmp_path):
+    fits = "Ada" + " met" * 100
+    fits = fits[: len("Ada" + " met" * (58 - len(TOKENIZER("Ada")["input_ids"])))]
+    assert len(TOKENIZER(fits)["input_ids"]) == 58
+    texts.write_text(json.dumps({"text": fits}) + "\n" + json.dumps({"text": fits + " met"}))
+    assert encode_file(texts, tmp_path / "vectors", checkpoint, truncation=True).cut == 1
+
+
+def test_gzip(checkpoint, tmp_path):
+    texts = tmp_path / "texts.jsonl.gz"
+    texts.write_bytes(gzip.compress(b'{"text": "Ada"}'))
+    with pytest.raises(ValueError, match=rf"^{texts}: must be JSON lines, got gzip: zcat {texts} \| luke-kernels"):
+        encode_file(texts, tmp_path / "vectors", checkpoint)
+
+
+def test_a_folder_without_a_tokenizer(texts, tmp_path):
+    model().save_pretrained(tmp_path / "model")
+    message = r"^tokenizer \(--tokenizer\) must be given where model has none, got None: .*/model must hold vocab.json"
+    with pytest.raises(FileNotFoundError, match=message):
+        encode_file(texts, tmp_path / "vectors", tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"^/no/tokenizer must be a directory"):
+        encode_file(texts, tmp_path / "vectors", tmp_path / "model", "/no/tokenizer")
 
 
 @pytest.mark.parametrize("content", [b"mine", b'{"text": "mine"}\n', b'{"settings": 1}\nmine\n'])
@@ -498,6 +596,9 @@ def test_an_output_that_cannot_be(checkpoint, texts, tmp_path):
     for name in ("vectors.json", "vectors.jsonl.gz", "vectors.safetensors"):
         with pytest.raises(ValueError, match=rf"^output must end in .jsonl or be a directory, got .*{name}$"):
             encode_file(texts, tmp_path / name, checkpoint)
+    for name in ("vectors", "vectors.jsonl", "folder/vectors"):
+        with pytest.raises(ValueError, match=rf"^output must lie in a directory, got {texts}/{name}, and {texts} is a"):
+            encode_file(texts, texts / name, checkpoint)
     assert not list(tmp_path.glob("vectors*"))
 
 
@@ -591,7 +692,7 @@ def test_damaged_shards(checkpoint, texts, tmp_path):
     ("line", "message"),
     [
         ("{", "must be a JSON object, got '{': .*"),
-        ("", "must be a JSON object, got '': .*"),
+        ("", "must be a JSON object, got an empty line"),
         ("[1]", "must be a JSON object, got list"),
         ("{}", "text must be a string, got None"),
         ('{"text": 3}', "text must be a string, got 3"),

@@ -21,11 +21,13 @@ from checkpoint_cases import (
     weights_of,
     write,
 )
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from luke_kernels.heads import (
     LukeForMaskedLM,
 )
 from luke_kernels.model import LukeModel
+from luke_kernels.tokenizer import LukeTokenizer
 
 
 def member(name, content=b"", **attributes):
@@ -161,8 +163,27 @@ def test_an_unknown_name_is_named(tmp_path, name):
 
 def test_a_file_that_is_no_archive_is_named(tmp_path, masked_lm):
     path = write(tmp_path / "m", masked_lm) / "model.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors must be a directory, an archive or an id"):
+    ends = r"must be a directory, an archive or an id on the hub, got a file whose name ends in none of \.tar\.gz, "
+    with pytest.raises(FileNotFoundError, match=f"model.safetensors {ends}"):
         LukeModel.from_pretrained(path, local_files_only=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"model.safetensors must be a directory or an id on the hub, got a file$"
+    ):
+        LukeTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def test_a_hub_out_of_reach_is_told_in_one_sentence(tmp_path, monkeypatch):
+    def snapshot_download(*_, **__):
+        cause = ConnectionError("[Errno -2] Name or service not known")
+        raise LocalEntryNotFoundError(f"Got: ConnectError: {cause}\nCheck your connection.") from cause
+
+    rule = "^nosuch must be a directory, an archive or an id on the hub, got no such directory or file here, and "
+    with pytest.raises(FileNotFoundError, match=rule + r"the hub's cache does not hold it$"):
+        LukeModel.from_pretrained("nosuch", cache_dir=tmp_path, local_files_only=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    reason = r"the hub cannot be reached \(\[Errno -2\] Name or service not known\)$"
+    with pytest.raises(FileNotFoundError, match=rule + reason):
+        LukeModel.from_pretrained("nosuch")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "garbage", "empty"])

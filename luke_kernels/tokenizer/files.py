@@ -38,6 +38,8 @@ def find_folder(name_or_path: str | Path, **hub: Any) -> Path:
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
+    if Path(name_or_path).is_file():
+        raise FileNotFoundError(f"{name_or_path} must be a directory or an id on the hub, got a file")
     return download(str(name_or_path), (*_WORD_FILES, *_ENTITY_FILES, *_CONFIG_FILES, _ADDED_FILE), **hub)
 
 

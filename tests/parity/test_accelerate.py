@@ -431,7 +431,7 @@ def test_encoder_inside_another_model():
 
 def test_bad_models():
     eager, _ = pair_of_models("LukeModel", "tiny")
-    with pytest.raises(ValueError, match="must be or contain a LukeModel of transformers, got torch.*Linear"):
+    with pytest.raises(ValueError, match=r"must be or contain a LukeModel of transformers, got torch.*Linear"):
         accelerate(nn.Linear(2, 2))
     with pytest.raises(
         ValueError, match=r"must be or contain a LukeModel of transformers, got luke_kernels\.model\.LukeModel"
