@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import gc
 import gzip
 import io
@@ -436,7 +437,10 @@ def test_killed_and_gone_on(checkpoint, texts, tmp_path, name, number):
     encode_file(texts, whole, checkpoint, shard_size=2)
     command = [sys.executable, "-m", "luke_kernels.cli", "encode", "-", output, "--model", checkpoint]
     command += ["--shard-size", "2"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What runs in the background of a shell ignores Ctrl-C, and its children with it.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, preexec_fn=listens) as process:
         process.stdin.write("\n".join(lines_of()[:5]) + "\n")
         process.stdin.flush()
         done = (lambda: output.exists() and output.read_bytes().count(b"\n") == 4) if name.endswith(".jsonl") else None
