@@ -110,6 +110,17 @@ def test_paths_of_the_projections_agree(module, hidden):
         assert torch.equal(a, c)
 
 
+def test_hooks_for_all_modules_see_the_projections(module, hidden):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda each, *_: seen.append(each))
+    try:
+        with torch.no_grad():  # else written into one buffer without calls
+            module(*hidden)
+    finally:
+        handle.remove()
+    assert {module.query, module.w2e_query, module.e2w_query, module.e2e_query, module.key, module.value} <= set(seen)
+
+
 @pytest.mark.parametrize("how", ["gradients", "in place", "hooked"])
 @pytest.mark.parametrize("entity_aware", [True, False])
 @pytest.mark.parametrize("num_words", [HIDDEN // 2, 2 * HIDDEN])

@@ -28,8 +28,8 @@ if Version(transformers.__version__) < Version("4.57"):
 Module = TypeVar("Module", bound=nn.Module)
 
 UNDO = "luke_kernels.restore(model) undoes it"
-# A score this low has no weight after softmax. The usual -10,000 is -9,984 in bfloat16.
-EXCLUDES = -9e3
+# A score this low has no weight after softmax.
+EXCLUDES = -1e4
 
 
 class PackedTokens(NamedTuple):

@@ -131,6 +131,19 @@ def test_positions_of_mentions(positions):
     torch.testing.assert_close(fast.entity_embeddings(ids, at, types), expected, rtol=0, atol=1e-6)
 
 
+def test_options_of_the_position_table():
+    """Its padding row gets no gradient, as before."""
+    eager, _ = pair_of_models("LukeModel", "tiny")
+    eager.entity_embeddings.position_embeddings.padding_idx = 3
+    fast = accelerate(copy.deepcopy(eager))
+    ids, at = torch.tensor([[5]]), torch.tensor([[[3, 4, -1]]])
+    for model in (eager, fast):
+        model.entity_embeddings(ids, at).square().sum().backward()
+    got, expected = (model.entity_embeddings.position_embeddings.weight.grad for model in (fast, eager))
+    assert not expected[3].any()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_no_masks():
     eager, fast = eager_and_fast("LukeModel")
     inputs = {name: value for name, value in small_inputs("none").items() if not name.endswith("mask")}
@@ -235,6 +248,18 @@ def test_mask_of_keys_in_four_dimensions():
         got, expected = (model.encoder(words, None, attention_mask=mask)[0] for model in (fast, eager))
     kept = mask[0, 0, 0] == 0
     torch.testing.assert_close(got[:, kept], expected[:, kept], rtol=0, atol=1e-5)
+
+
+def test_mask_of_ten_thousand_in_bfloat16():
+    """What users write for minus infinity; it is rounded to -9,984 there."""
+    _, fast = eager_and_fast("LukeModel")
+    fast.bfloat16()
+    words = torch.randn(luke_cases.BATCH, luke_cases.WORDS, 32, dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, 1, luke_cases.WORDS, dtype=torch.bfloat16)
+    mask[..., -1] = -1e4
+    states = fast.encoder(words, None, attention_mask=mask).last_hidden_state
+    assert not states[:, -1].any()
+    assert states[:, :-1].any(dim=-1).all()
 
 
 def test_head_mask():
