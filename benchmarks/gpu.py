@@ -5,7 +5,9 @@ summary.json into DIR.
 """
 
 import faulthandler
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def main(
     note(build=_run(["setup.py", "build_ext", "--inplace"], out / "build.log", deadline))
     # Half of what is left: the benchmark needs its share.
     half = (time.monotonic() + deadline) / 2
-    note(tests=_tests_status(_run(["-m", "pytest", "-m", "gpu", "tests"], out / "pytest.log", half), out))
+    note(tests=_tests_status(_run(["-m", "pytest", "-m", "gpu", *_parallel(), "tests"], out / "pytest.log", half), out))
     found = _measure(device, out, deadline, summary)
     if found:
         report.render(found, out)
@@ -83,6 +85,14 @@ def _run(arguments: list[str], log: Path, deadline: float) -> str:
         except subprocess.TimeoutExpired:
             return "timed out"
     return f"rc {done.returncode}"
+
+
+def _parallel() -> list[str]:
+    """Spread the tests over processes where pytest-xdist can: most of their time goes into compiling kernels."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    # Where pytest-benchmark is installed, it warns of xdist, and warnings are errors.
+    return ["-n", str(min(12, os.cpu_count() or 1)), "-p", "no:benchmark"]
 
 
 def _tests_status(ended: str, out: Path) -> str:

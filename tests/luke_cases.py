@@ -63,7 +63,7 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             std = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.2
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter += 1
 

@@ -16,7 +16,10 @@ from luke_kernels import (
 )
 from luke_kernels.tokenizer import BUNDLED
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 # A head_dim that the Triton kernels take without padding.
 SIZES = {"hidden_size": 128, "entity_emb_size": 32, "num_attention_heads": 2, "max_position_embeddings": 40}

@@ -283,7 +283,8 @@ def _unflatten(out: Tensor, order: _Order | None, shape: torch.Size) -> Tensor:
 def _autocast(tokens: Tensor) -> Tensor:
     """Cast as autocast casts the inputs of a matrix product: all but float64."""
     device = tokens.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
+    # Dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available.
+    if device != "meta" and torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
         return tokens.to(torch.get_autocast_dtype(device))
     return tokens
 

@@ -5,7 +5,13 @@ import torch
 
 from luke_kernels import EntityAwareSelfAttention, PackedLengths, entity_aware_attention, entity_aware_attention_varlen
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+    # The leaves are made on the default stream on purpose.
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning"),
+]
 BATCH, WORDS, ENTITIES, HEADS, DIM = 4, 130, 33, 4, 64
 
 

@@ -57,7 +57,7 @@ def draw(num_words, num_entities, stack=4, heads=2, head_dim=16, generator_seed=
     """Return words, entities, dout_words, dout_entities in float64."""
     generator = torch.Generator().manual_seed(generator_seed)
     shapes = [(t, *rest) for rest in ((stack, heads, head_dim), (heads, head_dim)) for t in (num_words, num_entities)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE) for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE) for shape in shapes]
 
 
 def run(module, tensors, dtype, layout, scale=0.25, dropout_p=0.0, seed=SEED):

@@ -174,7 +174,8 @@ def _attend_backward(
     for columns in _blocks(k.shape[2]):
         block = slice(columns.start, columns.stop)
         p = ((q @ k[:, :, block].mT).to(wide) * scale - lse[..., None]).exp()
-        dp = (dout @ v[:, :, block].mT).to(wide)
+        # Not rounded: delta is taken away, and where a row attends to one key nothing may be left.
+        dp = dout.to(wide) @ v[:, :, block].mT.to(wide)
         kept = p
         if keep is not None:
             kept_scale = keep(columns).to(wide) / (1 - dropout_p)
