@@ -13,6 +13,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# The kernels are compiled once for each instruction set, and chosen at run time.
+KERNELS = "csrc/cpu/kernels.cpp"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 takes its own intrinsics for uninitialised.
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, *QUIET, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 
 def find_compiler() -> str:
@@ -58,22 +65,31 @@ class NinjaBuildExt(build_ext):
 
         openmp = ["-fopenmp"] if runs(compiler, "-fopenmp") else []
         includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-        flags = [*CXX_FLAGS, *openmp, *includes, *os.environ.get("CXXFLAGS", "").split()]
+        x86 = all(runs(compiler, *options) for options in ISAS.values())
+        isas = ISAS if x86 else {"portable": []}
+        defines = ["-DLUKE_X86"] if x86 else []
+        flags = [*CXX_FLAGS, *openmp, *defines, *includes, *os.environ.get("CXXFLAGS", "").split()]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         link_flags = ["-shared", *openmp, *undefined, *os.environ.get("LDFLAGS", "").split()]
         folder = Path(self.build_temp).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        kernels = {isa: folder / "csrc/cpu" / f"kernels_{isa}.o" for isa in isas}
         objects = {folder / Path(source).with_suffix(".o"): Path(source).absolute() for source in sources}
         lines = [
             "rule compile",
-            f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+            f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} $isa -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = {compiler} $in -o $out {' '.join(link_flags)}",
             *(f"build {escape(path)}: compile {escape(source)}" for path, source in objects.items()),
-            f"build {escape(target)}: link {' '.join(map(escape, objects))}",
+            *(
+                f"build {escape(path)}: compile {escape(Path(KERNELS).absolute())}\n"
+                f"  isa = -DLUKE_ISA={isa} {' '.join(isas[isa])}"
+                for isa, path in kernels.items()
+            ),
+            f"build {escape(target)}: link {' '.join(map(escape, [*objects, *kernels.values()]))}",
             "",
         ]
         (folder / "build.ninja").write_text("\n".join(lines))
@@ -86,5 +102,5 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+sources = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if str(p) != KERNELS)]
 setup(ext_modules=[Extension("luke_kernels._C", sources)], cmdclass={"build_ext": NinjaBuildExt})

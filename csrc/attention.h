@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace luke_kernels {
 
 // Index of a token's kind. Words come first wherever both are listed.
@@ -26,8 +28,6 @@ struct Segments {
   int64_t num_tokens = 0;
   int64_t max_length = 0;
 };
-
-enum class DType { kFloat32, kFloat64, kBFloat16 };
 
 struct AttentionParams {
   DType dtype = DType::kFloat32;
@@ -59,11 +59,17 @@ struct AttentionParams {
 // Whether the CPU kernels run on more than one thread.
 bool has_openmp();
 
-// Bytes of scratch memory the CPU kernels take; they depend on head_dim and num_threads, not on the tokens.
+// The instruction set whose kernels run: portable, avx2, avx512 or avx512_bf16. The best of this machine's, or what
+// LUKE_KERNELS_CPU_ISA names where the machine has it.
+const char* cpu_isa();
+
+// Throws std::invalid_argument where LUKE_KERNELS_CPU_ISA names no instruction set of this build and machine.
+void set_cpu_isa(const char* name);
+
+// Bytes of scratch memory the CPU kernels keep; they depend on head_dim and num_threads, not on the tokens.
 size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 
-// scratch: attention_scratch_bytes_cpu(params) bytes, aligned to 64.
-void attention_forward_cpu(const AttentionParams& params, void* scratch);
-void attention_backward_cpu(const AttentionParams& params, void* scratch);
+void attention_forward_cpu(const AttentionParams& params);
+void attention_backward_cpu(const AttentionParams& params);
 
 }  // namespace luke_kernels

@@ -2,27 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
-#include <new>
-
 #include "attention.h"
 
 namespace py = pybind11;
 namespace lk = luke_kernels;
-
-namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-template <void (*kernel)(const lk::AttentionParams&, void*)>
-void run_with_scratch(const lk::AttentionParams& params) {
-  auto release = [](void* memory) { ::operator delete(memory, kAlignment); };
-  const std::unique_ptr<void, decltype(release)> scratch(
-      ::operator new(lk::attention_scratch_bytes_cpu(params), kAlignment), release);
-  kernel(params, scratch.get());
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of luke_kernels in C++.";
@@ -30,7 +13,8 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<lk::DType>(m, "DType")
       .value("float32", lk::DType::kFloat32)
       .value("float64", lk::DType::kFloat64)
-      .value("bfloat16", lk::DType::kBFloat16);
+      .value("bfloat16", lk::DType::kBFloat16)
+      .value("float16", lk::DType::kFloat16);
 
   py::class_<lk::Buffer>(m, "Buffer")
       .def(py::init([](uintptr_t data, int64_t token_stride, int64_t slot_stride, int64_t head_stride) {
@@ -63,9 +47,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("num_threads", &lk::AttentionParams::num_threads);
 
   m.def("has_openmp", &lk::has_openmp);
+  m.def("cpu_isa", &lk::cpu_isa);
+  m.def("set_cpu_isa", &lk::set_cpu_isa, py::arg("name"));
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
-  m.def("attention_forward_cpu", &run_with_scratch<lk::attention_forward_cpu>,
+  m.def("attention_forward_cpu", &lk::attention_forward_cpu,
         py::call_guard<py::gil_scoped_release>());
-  m.def("attention_backward_cpu", &run_with_scratch<lk::attention_backward_cpu>,
+  m.def("attention_backward_cpu", &lk::attention_backward_cpu,
         py::call_guard<py::gil_scoped_release>());
 }

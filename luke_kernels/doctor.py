@@ -29,9 +29,10 @@ def facts() -> dict[str, str]:
         "GPU": "none that torch can see",
     }
     if TABLE["cpu"].missing() is None:
-        from luke_kernels import _C
+        from luke_kernels.ops.backends import cpu
 
-        found["csrc"] = "built, with OpenMP" if _C.has_openmp() else "built without OpenMP: one thread"
+        threads = "with OpenMP" if cpu._C.has_openmp() else "without OpenMP: one thread"
+        found["csrc"] = f"built {threads}; {cpu._C.cpu_isa()} kernels"
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         found["GPU"] = f"{torch.cuda.get_device_name()}, sm_{capability}, CUDA {torch.version.cuda}"

@@ -112,12 +112,12 @@ void backward_keys(const AttentionParams& params, const Block& block, int64_t he
 
 }  // namespace
 
-void attention_backward_cpu(const AttentionParams& params, void* scratch) {
+void attention_backward_cpu(const AttentionParams& params) {
   dispatch(params.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    for_each_block(params, [&](const Block& block, int64_t head, int thread) {
-      backward_rows<scalar_t>(params, block, head, {params, scratch, thread});
-      backward_keys<scalar_t>(params, block, head, {params, scratch, thread});
+    for_each_block(params, [&](const Block& block, int64_t head) {
+      backward_rows<scalar_t>(params, block, head, Scratch<acc_t<scalar_t>>(params));
+      backward_keys<scalar_t>(params, block, head, Scratch<acc_t<scalar_t>>(params));
     });
   });
 }

@@ -1,70 +1,96 @@
-// Forward on the CPU: plain flash attention whose loop over keys has two segments, each with its own query.
+// Forward on the CPU: which thread runs which rows of which head.
+#include <algorithm>
+#include <numeric>
+
+#include "isa.h"
 #include "tile.h"
 
 namespace luke_kernels {
 namespace {
 
-template <typename scalar_t>
-void forward_block(const AttentionParams& params, const Block& block, int64_t head, Scratch<acc_t<scalar_t>> scratch) {
-  using T = acc_t<scalar_t>;
-  const Range& rows = block.range;
-  const int64_t head_dim = params.head_dim, width = round_up(head_dim, kLanes);
-  const T scale = static_cast<T>(params.scale);
-  T *q = scratch.tile(), *kt = scratch.tile(), *v = scratch.tile(), *s = scratch.tile(), *out = scratch.tile();
-  T* factors = params.dropout_p > 0 ? scratch.tile() : nullptr;
-  T row_max[kBlock], row_sum[kBlock];
-  std::fill_n(row_max, kBlock, -INFINITY);
-  std::fill_n(row_sum, kBlock, T{0});
-  std::fill_n(out, kBlock * width, T{0});
+// Rows that pay for packing the keys of their head once more, where there are fewer heads than work for the threads.
+constexpr int64_t kFewestRows = 192;
 
+size_t item_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+Matrix matrix_of(const AttentionParams& params, const std::array<Buffer, kKinds>& buffers, const Range& range,
+                 int64_t slot, int64_t head) {
+  const Buffer& buffer = buffers[range.kind];
+  const int64_t first = range.begin * buffer.token_stride + slot * buffer.slot_stride + head * buffer.head_stride;
+  return {static_cast<char*>(buffer.data) + first * static_cast<int64_t>(item_size(params.dtype)), buffer.token_stride};
+}
+
+Head head_of(const AttentionParams& params, int64_t b, int64_t h) {
+  Head head{};
+  head.head_dim = params.head_dim;
+  head.shared_query = params.stack == 3;
+  head.scale = params.scale;
+  head.dropout = {params.dropout_p, params.seed, params.offset, static_cast<uint32_t>(h + params.num_heads * b)};
   for (Kind kind : {kWord, kEntity}) {
-    const Range keys = sequence(params, kind, block.b);
-    if (keys.size == 0) continue;
-    load_rows<scalar_t>(params.projections, rows, params.query_slot(kind), head, head_dim, head_dim, q);
-    for (int64_t start = 0; start < keys.size; start += kBlock) {
-      const Range columns = block_of(keys, start);
-      load_columns<scalar_t>(params.projections, columns, params.key_slot(), head, head_dim, kt);
-      load_rows<scalar_t>(params.projections, columns, params.value_slot(), head, head_dim, width, v);
-      // Absent columns score q . 0 = 0 and keep it: they add 0 * 0 to the output.
-      multiply(kBlock, head_dim, q, kt, s);
-      if (factors) dropout_factors(params, block.b, head, rows, columns, factors);
-      for (int64_t i = 0; i < rows.size; ++i) {
-        T* row = s + i * kBlock;
-        T new_max = row_max[i];
-        for (int64_t j = 0; j < columns.size; ++j) new_max = std::max(new_max, row[j] *= scale);
-        // Scores may all be -inf so far.
-        const T shift = new_max == -INFINITY ? T{0} : new_max;
-        const T rescale = std::exp(row_max[i] - shift);
-        T sum = 0;
-        for (int64_t j = 0; j < columns.size; ++j) sum += row[j] = std::exp(row[j] - shift);
-        if (factors) {
-          for (int64_t j = 0; j < columns.size; ++j) row[j] *= factors[i * kBlock + j];
-        }
-        for (int64_t d = 0; d < width; ++d) out[i * width + d] *= rescale;
-        row_sum[i] = row_sum[i] * rescale + sum;
-        row_max[i] = new_max;
-      }
-      multiply_add(width, kBlock, s, v, out);
+    const Range range = sequence(params, kind, b);
+    Tokens& tokens = head.tokens[kind];
+    tokens.size = range.size;
+    for (Kind key_kind : {kWord, kEntity}) {
+      tokens.queries[key_kind] = matrix_of(params, params.projections, range, params.query_slot(key_kind), h);
     }
+    tokens.keys = matrix_of(params, params.projections, range, params.key_slot(), h);
+    tokens.values = matrix_of(params, params.projections, range, params.value_slot(), h);
+    tokens.out = matrix_of(params, params.out, range, 0, h);
+    const Buffer& lse = params.lse[kind];
+    const int64_t first = range.begin * lse.token_stride + h * lse.head_stride;
+    tokens.lse = static_cast<char*>(lse.data) + first * (params.dtype == DType::kFloat64 ? 8 : 4);
   }
-
-  T* lse = at<T>(params.lse, rows, 0, head);
-  for (int64_t i = 0; i < rows.size; ++i) {
-    lse[i] = row_max[i] + std::log(row_sum[i]);
-    const T inverse = 1 / row_sum[i];
-    for (int64_t d = 0; d < width; ++d) out[i * width + d] *= inverse;
-  }
-  store_rows<scalar_t>(out, width, params.out, rows, 0, head, head_dim);
+  return head;
 }
 
 }  // namespace
 
-void attention_forward_cpu(const AttentionParams& params, void* scratch) {
-  dispatch(params.dtype, [&](auto scalar) {
-    using scalar_t = decltype(scalar);
-    for_each_block(params, [&](const Block& block, int64_t head, int thread) {
-      forward_block<scalar_t>(params, block, head, {params, scratch, thread});
-    });
+size_t backward_scratch_bytes(const AttentionParams& params);
+
+size_t attention_scratch_bytes_cpu(const AttentionParams& params) {
+  const size_t forward = kernels().forward_scratch_bytes(params.dtype, params.head_dim);
+  return std::max(forward, backward_scratch_bytes(params)) * params.num_threads;
+}
+
+void attention_forward_cpu(const AttentionParams& params) {
+  const Kernels& isa = kernels();
+  const size_t scratch_bytes = isa.forward_scratch_bytes(params.dtype, params.head_dim);
+  struct Task {
+    int64_t b, head;
+    Span rows;
+  };
+  std::vector<int64_t> rows(params.batch_size), order(params.batch_size);
+  for (int64_t b = 0; b < params.batch_size; ++b) {
+    rows[b] = sequence(params, kWord, b).size + sequence(params, kEntity, b).size;
+  }
+  // The longest first, so that the threads end together.
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows[a] > rows[b]; });
+  const int64_t heads = params.batch_size * params.num_heads;
+  const int64_t wanted = params.num_threads == 1 || heads == 0 ? 1 : (4 * params.num_threads + heads - 1) / heads;
+  std::vector<Task> tasks;
+  for (int64_t b : order) {
+    if (rows[b] == 0) continue;
+    const int64_t slices = std::clamp<int64_t>(wanted, 1, (rows[b] + kFewestRows - 1) / kFewestRows);
+    const int64_t step = (rows[b] + slices - 1) / slices;
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      for (int64_t begin = 0; begin < rows[b]; begin += step) {
+        tasks.push_back({b, head, {begin, std::min(begin + step, rows[b])}});
+      }
+    }
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  // Neighbouring heads share pages of memory, and a thread fetches the next one ahead.
+  const int64_t chunk = std::clamp<int64_t>(count / (8 * params.num_threads), 1, 4);
+  parallel_for(params.num_threads, count, chunk, [&](int64_t index) {
+    const Task& task = tasks[index];
+    const Head head = head_of(params, task.b, task.head);
+    Head next;
+    const bool foreseen = (index + 1) % chunk != 0 && index + 1 < count;
+    if (foreseen) next = head_of(params, tasks[index + 1].b, tasks[index + 1].head);
+    isa.forward(params.dtype, head, task.rows, foreseen ? &next : nullptr, thread_scratch(scratch_bytes));
   });
 }
 

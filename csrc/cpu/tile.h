@@ -10,6 +10,8 @@
 
 #include "../attention.h"
 #include "../philox.h"
+#include "head.h"
+#include "parallel.h"
 
 namespace luke_kernels {
 
@@ -17,10 +19,6 @@ constexpr int64_t kBlock = 64;  // tokens a tile
 constexpr int64_t kLanes = 16;  // columns are padded to a multiple of this: a cache line of floats
 constexpr int64_t kRows = 8;    // rows whose sums the product keeps in registers
 constexpr int64_t kTiles = 11;  // the most tiles a kernel holds (dK/dV with dropout)
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 template <typename scalar_t>
 struct Accumulator {
@@ -30,26 +28,22 @@ template <>
 struct Accumulator<bfloat16> {
   using type = float;
 };
+template <>
+struct Accumulator<float16> {
+  using type = float;
+};
 template <typename scalar_t>
 using acc_t = typename Accumulator<scalar_t>::type;
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+inline float widen(bfloat16 x) { return to_float(x); }
+inline float widen(float16 x) { return to_float(x); }
 
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(double x, double* to) { *to = x; }
-inline void narrow(float x, bfloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  // Round to nearest even; a NaN stays one.
-  to->bits = std::isnan(x) ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
+inline void narrow(float x, bfloat16* to) { *to = to_bfloat16(x); }
+inline void narrow(float x, float16* to) { *to = to_float16(x); }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -101,8 +95,8 @@ scalar_t* at(const std::array<Buffer, kKinds>& buffers, const Range& range, int6
 template <typename T>
 class Scratch {
  public:
-  Scratch(const AttentionParams& params, void* memory, int thread)
-      : size_(tile_size(params)), next_(static_cast<T*>(memory) + thread * kTiles * size_) {}
+  explicit Scratch(const AttentionParams& params)
+      : size_(tile_size(params)), next_(static_cast<T*>(thread_scratch(sizeof(T) * kTiles * size_))) {}
   T* tile() { return std::exchange(next_, next_ + size_); }
 
   static int64_t tile_size(const AttentionParams& params) {
@@ -173,18 +167,13 @@ void dropout_factors(const AttentionParams& params, int64_t b, int64_t head, con
   }
 }
 
-// Runs task(block, head, thread) for every block and head; each writes its own rows, so threads change no result.
-void parallel_for(int num_threads, int64_t tasks, void (*task)(int64_t index, int thread, void* context),
-                  void* context);
-
+// Runs task(block, head) for every block and head; each writes its own rows, so threads change no result.
 template <typename Task>
 void for_each_block(const AttentionParams& params, const Task& task) {
   const std::vector<Block> blocks = blocks_of(params);
   const int64_t heads = params.num_heads;
-  auto run = [&](int64_t index, int thread) { task(blocks[index / heads], index % heads, thread); };
-  parallel_for(
-      params.num_threads, static_cast<int64_t>(blocks.size()) * heads,
-      [](int64_t index, int thread, void* context) { (*static_cast<decltype(run)*>(context))(index, thread); }, &run);
+  parallel_for(params.num_threads, static_cast<int64_t>(blocks.size()) * heads, 1,
+               [&](int64_t index) { task(blocks[index / heads], index % heads); });
 }
 
 // Calls f(scalar_t{}) with the type of the tensors.
@@ -195,6 +184,8 @@ auto dispatch(DType dtype, const F& f) {
       return f(double{});
     case DType::kBFloat16:
       return f(bfloat16{});
+    case DType::kFloat16:
+      return f(float16{});
     default:
       return f(float{});
   }

@@ -5,12 +5,52 @@ import threading
 
 import pytest
 import torch
-from attention_cases import Case, run
+from attention_cases import Case, assert_as_exact_as_eager, rounding_floor, run, truth_and_eager
 
 from luke_kernels import entity_aware_attention
 from luke_kernels.ops.layout import Layout, empty_outputs
 
 cpu = pytest.importorskip("luke_kernels.ops.backends.cpu", reason="luke_kernels._C is not built")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request):
+    """Each instruction set that this machine has."""
+    before = cpu._C.cpu_isa()
+    cpu._C.set_cpu_isa(request.param)
+    found = cpu._C.cpu_isa()
+    if found == request.param:
+        yield request.param
+    cpu._C.set_cpu_isa(before)
+    if found != request.param:
+        pytest.skip(f"this machine or build has no {request.param}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "case",
+    [Case(130, 33, "ragged"), Case(63, 17, "empty", 80), Case(5, 3, "holes", 16, 3), Case(700, 900, "none", 64)],
+    ids=str,
+)
+def test_every_instruction_set(isa, case, dtype):
+    results = run(case, dtype, "cpu")
+    truth, eager = truth_and_eager(case, dtype)
+    words, entities, *douts = case.inputs(dtype)
+    for name in ("out_words", "out_entities"):
+        error = (results[name].double() - truth[name]).abs().max().item()
+        floor = rounding_floor(truth[name], dtype, douts, [words[:, :, -1], entities[:, :, -1]])
+        bound = 2 * (eager[name].double() - truth[name]).abs().max().item() + floor
+        assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}"
+
+
+def test_an_unknown_instruction_set():
+    with pytest.raises(ValueError, match="LUKE_KERNELS_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got 'x'"):
+        cpu._C.set_cpu_isa("x")
+
+
+@pytest.mark.parametrize("case", [Case(130, 33, "ragged", 80), Case(300, 0)], ids=str)
+def test_half_precision(case):
+    assert_as_exact_as_eager(run(case, torch.float16, "cpu"), case, torch.float16)
 
 
 def test_threads_change_no_bit():
@@ -68,4 +108,4 @@ def test_scratch_does_not_grow_with_the_tokens():
         params.num_threads = 2
         return cpu._C.attention_scratch_bytes_cpu(params)
 
-    assert scratch_bytes(16) == scratch_bytes(5000) < 2 * 2**19
+    assert scratch_bytes(16) == scratch_bytes(5000) < 2 * 2**21

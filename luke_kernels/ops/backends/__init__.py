@@ -52,7 +52,7 @@ TABLE: dict[str, Support] = {
     "sdpa": Support("luke_kernels.ops.backends.sdpa", (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)),
     "cpu": Support(
         "luke_kernels.ops.backends.cpu",
-        (FLOAT64, FLOAT32, BFLOAT16),
+        (FLOAT64, FLOAT32, BFLOAT16, FLOAT16),
         devices=("cpu",),
         max_head_dim=256,
         missing=lambda: _EXTENSION_MISSING,

@@ -1,5 +1,7 @@
 """The C++ kernels for the CPU (csrc/cpu): tensors go in as addresses and strides."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,12 @@ _DTYPES = {
     torch.float32: _C.DType.float32,
     torch.float64: _C.DType.float64,
     torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
 }
+
+# For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
+if "LUKE_KERNELS_CPU_ISA" in os.environ:
+    _C.set_cpu_isa(os.environ["LUKE_KERNELS_CPU_ISA"])
 
 
 def forward(

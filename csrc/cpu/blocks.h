@@ -1,0 +1,137 @@
+// How a head is cut: panels and blocks of keys, the kinds of a range of rows; and memory for both directions.
+#pragma once
+
+#include "pack.h"
+
+namespace luke_kernels::LUKE_ISA {
+
+// Hands out memory in lines of a cache, or only counts it where there is none.
+class Memory {
+ public:
+  explicit Memory(void* memory) : begin_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* place = begin_ ? reinterpret_cast<T*>(begin_ + taken_) : nullptr;
+    taken_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return place;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  char* begin_;
+  int64_t taken_ = 0;
+};
+
+// Keys of one kind that make a panel of operand B. A slot is a place among the columns of a block of scores: panels
+// begin at multiples of kLanes.
+struct KeyPanel {
+  int64_t kind;
+  int64_t rank;  // of the first key among its kind
+  int64_t count;
+  int64_t slot;
+};
+
+// How many slots a block of keys has room for, so that keys, values and scores stay in the second cache.
+template <class M>
+constexpr int64_t key_capacity(int64_t head_dim) {
+  const int64_t slots = 49152 / round_up(head_dim, M::kLanes);
+  return round_up(slots < 256 ? 256 : slots > 1024 ? 1024 : slots, kPanel<M>) + 2 * kPanel<M>;
+}
+
+// Walks over the keys of a sequence in blocks of equal size, whole panels each.
+template <class M>
+class KeyBlocks {
+ public:
+  KeyBlocks(const Head& head, int64_t capacity) : head_(&head) {
+    const int64_t slots = round_up(head.tokens[0].size, M::kLanes) + round_up(head.tokens[1].size, M::kLanes);
+    const int64_t most = capacity - kPanel<M>, blocks = (slots + most - 1) / most;
+    target_ = blocks ? (slots + blocks - 1) / blocks : 0;
+  }
+
+  bool next() {
+    num_panels = slots = 0;
+    ranks[0] = ranks[1] = {};
+    while (slots < target_ && kind_ < 2) {
+      const int64_t count = smaller(kPanel<M>, head_->tokens[kind_].size - rank_);
+      if (count <= 0) {
+        ++kind_;
+        rank_ = 0;
+        continue;
+      }
+      panels[num_panels++] = {kind_, rank_, count, slots};
+      ranks[kind_] = {ranks[kind_].end ? ranks[kind_].begin : rank_, rank_ + count};
+      rank_ += count;
+      slots += round_up(count, M::kLanes);
+    }
+    return num_panels > 0;
+  }
+
+  KeyPanel panels[1024 / kPanel<M> + 4];
+  Span ranks[2];  // of the block's keys among their kinds
+  int64_t num_panels = 0;
+  int64_t slots = 0;
+
+ private:
+  const Head* head_;
+  int64_t target_;
+  int64_t kind_ = 0;
+  int64_t rank_ = 0;
+};
+
+// Fetches rows that come next into the second cache, some at each step: rows of one head lie far apart, so that the
+// machine does not foresee them.
+class Ahead {
+ public:
+  void clear() { num_ranges_ = rows_ = range_ = row_ = 0; }
+
+  template <typename In>
+  void add(const Matrix& matrix, int64_t begin, int64_t count, int64_t numbers) {
+    if (count <= 0 || num_ranges_ == kMost) return;
+    ranges_[num_ranges_++] = {reinterpret_cast<const char*>(row_of<In>(matrix, begin)),
+                              matrix.stride * static_cast<int64_t>(sizeof(In)), count,
+                              numbers * static_cast<int64_t>(sizeof(In))};
+    rows_ += count;
+  }
+
+  void spread(int64_t steps) { step_ = (rows_ + steps - 1) / steps; }
+
+  LUKE_INLINE void advance() {
+    for (int64_t left = step_; left > 0 && range_ < num_ranges_;) {
+      const Range& range = ranges_[range_];
+      const int64_t end = smaller(range.count, row_ + left);
+      left -= end - row_;
+      for (; row_ < end; ++row_) {
+        const char* row = range.begin + row_ * range.stride;
+        for (int64_t byte = 0; byte < range.bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
+      if (row_ == range.count) {
+        ++range_;
+        row_ = 0;
+      }
+    }
+  }
+
+ private:
+  struct Range {
+    const char* begin;
+    int64_t stride, count, bytes;
+  };
+  static constexpr int kMost = 8;
+  Range ranges_[kMost];
+  int64_t num_ranges_ = 0, rows_ = 0, step_ = 0;
+  int64_t range_ = 0, row_ = 0;  // the next row
+};
+
+// Calls f(tokens, kind, rank, count, place) for the words and the entities among rows: `count` of them from `rank` on,
+// which lie at `place` in the range.
+template <class F>
+LUKE_INLINE void for_each_kind(const Head& head, Span rows, const F& f) {
+  const int64_t words = head.tokens[0].size;
+  if (rows.begin < words) f(head.tokens[0], 0, rows.begin, smaller(rows.end, words) - rows.begin, 0);
+  if (rows.end > words) {
+    const int64_t first = larger(rows.begin, words);
+    f(head.tokens[1], 1, first - words, rows.end - first, first - rows.begin);
+  }
+}
+
+}  // namespace luke_kernels::LUKE_ISA

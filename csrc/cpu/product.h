@@ -1,0 +1,139 @@
+// Products of small matrices whose sums stay in registers: everything here is made of them.
+//
+// C (rows, columns) = A (rows, depth) B (depth, columns). A word of A is broadcast, a vector of words of B is loaded:
+// A lies row by row; B lies in panels of as many columns as a tile of sums has, row by row within a panel.
+#pragma once
+
+#include "simd.h"
+
+namespace luke_kernels::LUKE_ISA {
+
+LUKE_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+LUKE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LUKE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A word is one number.
+template <typename V>
+struct Single : V {
+  using typename V::Scalar;
+  using typename V::Vector;
+  using Word = Scalar;
+  using Item = Scalar;
+  static constexpr int kDepth = 1;  // numbers in a word
+  static constexpr int kDegree = 5;
+
+  static LUKE_INLINE Vector words(const Word* from) { return V::load(from); }
+  static LUKE_INLINE Vector spread(const Word* from) { return V::broadcast(*from); }
+  static LUKE_INLINE Vector dot(Vector sum, Vector a, Vector b) { return a * b + sum; }
+  static LUKE_INLINE void negate(Word* words, int64_t n) {
+    for (int64_t i = 0; i < n; i += V::kLanes) V::store(words + i, -V::load(words + i));
+  }
+  // Stores numbers in two vectors as items of A.
+  static LUKE_INLINE void store_items(Item* to, Vector a, Vector b) {
+    V::store(to, a);
+    V::store(to + V::kLanes, b);
+  }
+  // Adds up numbers as they are once they are items.
+  static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) { return sum + (a + b); }
+};
+
+#if defined(__AVX512BF16__)
+
+// A word is two bfloat16 of neighbouring depths, whose products are summed in float32.
+struct Pairs : Floats {
+  using Word = uint32_t;
+  using Item = bfloat16;
+  static constexpr int kDepth = 2;
+  static constexpr int kDegree = 3;
+
+  static LUKE_INLINE Vector words(const Word* from) { return _mm512_loadu_ps(from); }
+  static LUKE_INLINE Vector spread(const Word* from) { return _mm512_castsi512_ps(_mm512_set1_epi32(*from)); }
+  static LUKE_INLINE Vector dot(Vector sum, Vector a, Vector b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b));
+  }
+  static LUKE_INLINE void store_items(Item* to, Vector a, Vector b) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+  static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) {
+    const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+    return _mm512_dpbf16_ps(sum, _mm512_cvtne2ps_pbh(b, a), (__m512bh)ones);
+  }
+  static LUKE_INLINE void negate(Word* words, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) words[i] ^= 0x80008000;
+  }
+  // Words of the numbers of two rows, of which `first` and `second` exist.
+  static LUKE_INLINE Vector zip(const bfloat16* a, int64_t first, const bfloat16* b, int64_t second) {
+    const __m512i low = _mm512_cvtepu16_epi32(load_first(a, first)), high = _mm512_cvtepu16_epi32(load_first(b, second));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+ private:
+  static LUKE_INLINE __m256i load_first(const bfloat16* from, int64_t n) {
+    const __mmask16 exist = n >= kLanes ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1;
+    return _mm256_maskz_loadu_epi16(exist, from);
+  }
+};
+
+#endif
+
+template <class M>
+constexpr int kPanel = M::kTileVectors * M::kLanes;  // columns
+
+// Sums kRows x kVectors vectors over `depth` words and hands them to finish(sums).
+template <class M, int kRows, int kVectors, class Finish>
+LUKE_INLINE void tile(int64_t depth, const typename M::Word* a, int64_t a_stride, const typename M::Word* b,
+                      int64_t b_stride, const Finish& finish) {
+  using Vector = typename M::Vector;
+  Vector sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = M::zero();
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = M::words(b + k * b_stride + v * M::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vector x = M::spread(a + r * a_stride + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = M::dot(sums[r][v], x, row[v]);
+    }
+  }
+  finish(sums);
+}
+
+// The columns of one panel for all rows. Calls finish(first row, sums).
+template <class M, int kVectors, class Finish>
+LUKE_INLINE void product_of_panel(int64_t rows, int64_t depth, const typename M::Word* a, int64_t a_stride,
+                                  const typename M::Word* b, int64_t b_stride, const Finish& finish) {
+  constexpr int kRows = M::kTileSums / kVectors < 12 ? M::kTileSums / kVectors : 12;
+  int64_t row = 0;
+  const auto run = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+    for (; row + kCount <= rows; row += kCount) {
+      tile<M, kCount, kVectors>(depth, a + row * a_stride, a_stride, b, b_stride,
+                                [&](auto& sums) __attribute__((always_inline)) { finish(row, sums); });
+    }
+  };
+  run(std::integral_constant<int, kRows>{});
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+template <class M, class Finish>
+LUKE_INLINE void product_of_vectors(int64_t vectors, int64_t rows, int64_t depth, const typename M::Word* a,
+                                    int64_t a_stride, const typename M::Word* b, int64_t b_stride,
+                                    const Finish& finish) {
+  if constexpr (M::kTileVectors == 4) {
+    if (vectors == 4) return product_of_panel<M, 4>(rows, depth, a, a_stride, b, b_stride, finish);
+    if (vectors == 3) return product_of_panel<M, 3>(rows, depth, a, a_stride, b, b_stride, finish);
+  }
+  if (vectors == 2) return product_of_panel<M, 2>(rows, depth, a, a_stride, b, b_stride, finish);
+  product_of_panel<M, 1>(rows, depth, a, a_stride, b, b_stride, finish);
+}
+
+}  // namespace luke_kernels::LUKE_ISA
