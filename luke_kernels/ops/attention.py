@@ -277,7 +277,8 @@ def _flatten(tokens: Tensor, order: _Order | None, lengths: Tensor | None) -> tu
 def _unflatten(out: Tensor, order: _Order | None, shape: torch.Size) -> Tensor:
     if order is not None:
         out = out.index_select(0, order.inverse)
-    return out.unflatten(0, shape[:2])
+    # Not unflatten: Dynamo of torch 2.11 cannot trace it where a default device is set.
+    return out.reshape(*shape[:2], *out.shape[1:])
 
 
 def _autocast(tokens: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _attend(
     accumulator = torch.zeros(q.shape, dtype=wide, device=q.device)
     for columns in _blocks(k.shape[2]):
         block = slice(columns.start, columns.stop)
-        s = (q @ k[:, :, block].mT).to(wide) * scale
+        s = (q.to(wide) @ k[:, :, block].mT.to(wide)) * scale
         new_max = torch.maximum(running_max, s.amax(dim=-1))
         p = (s - new_max[..., None]).exp()
         rescale = (running_max - new_max).exp()
@@ -173,7 +173,7 @@ def _attend_backward(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for columns in _blocks(k.shape[2]):
         block = slice(columns.start, columns.stop)
-        p = ((q @ k[:, :, block].mT).to(wide) * scale - lse[..., None]).exp()
+        p = ((q.to(wide) @ k[:, :, block].mT.to(wide)) * scale - lse[..., None]).exp()
         # Not rounded: delta is taken away, and where a row attends to one key nothing may be left.
         dp = dout.to(wide) @ v[:, :, block].mT.to(wide)
         kept = p
