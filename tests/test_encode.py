@@ -438,9 +438,11 @@ def test_killed_and_gone_on(checkpoint, texts, tmp_path, name, number):
     command = [sys.executable, "-m", "luke_kernels.cli", "encode", "-", output, "--model", checkpoint]
     command += ["--shard-size", "2"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Torch's products may differ in their last bit with the number of threads.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     # What runs in the background of a shell ignores Ctrl-C, and its children with it.
     listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, **pipes, cwd=tmp_path, preexec_fn=listens) as process:
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, env=env, preexec_fn=listens) as process:
         process.stdin.write("\n".join(lines_of()[:5]) + "\n")
         process.stdin.flush()
         done = (lambda: output.exists() and output.read_bytes().count(b"\n") == 4) if name.endswith(".jsonl") else None

@@ -38,24 +38,28 @@ constexpr int64_t key_capacity(int64_t head_dim) {
   return round_up(slots < 256 ? 256 : slots > 1024 ? 1024 : slots, kPanel<M>) + 2 * kPanel<M>;
 }
 
-// Walks over the keys of a sequence in blocks of equal size, whole panels each.
+// Walks over keys of a sequence in blocks of equal size, whole panels each.
 template <class M>
 class KeyBlocks {
  public:
-  KeyBlocks(const Head& head, int64_t capacity) : head_(&head) {
-    const int64_t slots = round_up(head.tokens[0].size, M::kLanes) + round_up(head.tokens[1].size, M::kLanes);
+  KeyBlocks(const Head& head, int64_t capacity, Span keys) {
+    const int64_t words = head.tokens[0].size;
+    keys_[0] = {smaller(keys.begin, words), smaller(keys.end, words)};
+    keys_[1] = {larger(keys.begin, words) - words, larger(keys.end, words) - words};
+    int64_t slots = 0;
+    for (const Span& span : keys_) slots += round_up(span.end - span.begin, M::kLanes);
     const int64_t most = capacity - kPanel<M>, blocks = (slots + most - 1) / most;
     target_ = blocks ? (slots + blocks - 1) / blocks : 0;
+    rank_ = keys_[0].begin;
   }
 
   bool next() {
     num_panels = slots = 0;
     ranks[0] = ranks[1] = {};
     while (slots < target_ && kind_ < 2) {
-      const int64_t count = smaller(kPanel<M>, head_->tokens[kind_].size - rank_);
+      const int64_t count = smaller(kPanel<M>, keys_[kind_].end - rank_);
       if (count <= 0) {
-        ++kind_;
-        rank_ = 0;
+        if (++kind_ < 2) rank_ = keys_[kind_].begin;
         continue;
       }
       panels[num_panels++] = {kind_, rank_, count, slots};
@@ -72,10 +76,10 @@ class KeyBlocks {
   int64_t slots = 0;
 
  private:
-  const Head* head_;
+  Span keys_[2];  // of each kind
   int64_t target_;
   int64_t kind_ = 0;
-  int64_t rank_ = 0;
+  int64_t rank_;
 };
 
 // Fetches rows that come next into the second cache, some at each step: rows of one head lie far apart, so that the

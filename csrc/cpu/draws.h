@@ -70,4 +70,20 @@ LUKE_INLINE void draw_columns(const Dropout& dropout, int64_t row_kind, int64_t 
   }
 }
 
+// Draws for columns [column, column + 4), a line of `stride` each, and rows [row, row + count); column is a multiple of
+// 4. Up to kCounters - 1 more a line are written.
+LUKE_INLINE void draw_rows(const Dropout& dropout, int64_t row_kind, int64_t column_kind, int64_t row, int64_t count,
+                           int64_t column, int32_t* draws, int64_t stride) {
+  for (int64_t i = 0; i < count; i += kCounters) {
+    Counters c[4] = {counters(column / 4, 0), counters(row + i, 1), counters(dropout.stream, 0),
+                     counters(last_counter(dropout, row_kind, column_kind), 0)};
+    philox(c, dropout.seed);
+    for (int word = 0; word < 4; ++word) {
+      for (int j = 0; j < kCounters; ++j) {
+        draws[word * stride + i + j] = static_cast<int32_t>(c[word][j] ^ 0x80000000u);
+      }
+    }
+  }
+}
+
 }  // namespace luke_kernels::LUKE_ISA

@@ -63,7 +63,7 @@ class Forward {
     }
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) shift_[i] = -INFINITY;
 
-    KeyBlocks<M> blocks(head, capacity_);
+    KeyBlocks<M> blocks(head, capacity_, all_rows(head));
     bool more = blocks.next();
     while (more) {
       pack_keys(head, blocks);
@@ -100,7 +100,7 @@ class Forward {
     } else if (following) {
       keys(head, *following);
     } else if (next) {
-      KeyBlocks<M> blocks(*next, capacity_);
+      KeyBlocks<M> blocks(*next, capacity_, all_rows(*next));
       if (blocks.next()) keys(*next, blocks);
       queries(*next, {0, smaller(kQueries, next->tokens[0].size + next->tokens[1].size)});
     }

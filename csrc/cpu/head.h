@@ -95,4 +95,12 @@ struct Span {
   int64_t end;
 };
 
+LUKE_INLINE Span all_rows(const Head& head) { return {0, head.tokens[0].size + head.tokens[1].size}; }
+
+// What a part of the backward computes.
+struct Gradients {
+  bool queries;
+  bool keys;  // and values
+};
+
 }  // namespace luke_kernels

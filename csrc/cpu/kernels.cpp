@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, LUKE_ISA, with its flags (setup.py).
 #include "kernels.h"
 
+#include "backward.h"
 #include "forward.h"
 
 #define LUKE_JOIN_(a, b) a##b
@@ -45,9 +46,26 @@ void forward(DType dtype, const Head& head, Span rows, const Head* next, void* s
   });
 }
 
+int64_t backward_scratch_bytes(DType dtype, int64_t head_dim, int64_t rows) {
+  return dispatch(dtype, [&](auto product, auto scalar) {
+    Memory memory(nullptr);
+    const Backward<decltype(product), decltype(scalar)> backward(head_dim, rows, memory);
+    return memory.taken();
+  });
+}
+
+void backward(DType dtype, const Head& head, Span keys, Span rows, Gradients gradients, void* scratch) {
+  dispatch(dtype, [&](auto product, auto scalar) {
+    Memory memory(scratch);
+    Backward<decltype(product), decltype(scalar)>(head.head_dim, all_rows(head).end, memory)
+        .run(head, keys, rows, gradients);
+  });
+}
+
 }  // namespace
 }  // namespace LUKE_ISA
 
-extern const Kernels LUKE_JOIN(kernels_, LUKE_ISA) = {LUKE_ISA::forward_scratch_bytes, LUKE_ISA::forward};
+extern const Kernels LUKE_JOIN(kernels_, LUKE_ISA) = {LUKE_ISA::forward_scratch_bytes, LUKE_ISA::forward,
+                                                      LUKE_ISA::backward_scratch_bytes, LUKE_ISA::backward};
 
 }  // namespace luke_kernels

@@ -106,23 +106,59 @@ LUKE_INLINE void pack_columns(const Matrix& from, int64_t begin, int64_t count, 
   }
 }
 
+// Loads a row of words of which each holds one number of kDepth rows, from row i of `count` on: the first n numbers.
+// Rows that do not exist are zero.
+template <class M, typename In>
+LUKE_INLINE typename M::Vector load_depths(const Matrix& from, int64_t begin, int64_t i, int64_t count, int64_t first,
+                                           int64_t n) {
+  const In* row = row_of<In>(from, begin + smaller(i, count - 1)) + first;
+  if constexpr (M::kDepth == 2) {
+    const In* next = row_of<In>(from, begin + smaller(i + 1, count - 1)) + first;
+    return M::zip(row, i < count ? n : 0, next, i + 1 < count ? n : 0);
+  } else {
+    return load_words<M>(row, i < count ? n : 0);
+  }
+}
+
 // Packs numbers [first, first + numbers) of rows as rows of operand B, kDepth of them to a row of `columns` words. Rows
 // up to `padded`, a multiple of kDepth, are zero.
 template <class M, typename In>
 LUKE_INLINE void pack_depths(const Matrix& from, int64_t begin, int64_t count, int64_t padded, int64_t first,
                              int64_t numbers, typename M::Word* to, int64_t columns) {
   for (int64_t i = 0; i < padded; i += M::kDepth) {
-    const In* row = row_of<In>(from, begin + smaller(i, count - 1)) + first;
     for (int64_t d = 0; d < columns; d += M::kLanes) {
-      typename M::Word* place = to + i / M::kDepth * columns + d;
-      if constexpr (M::kDepth == 2) {
-        const In* next = row_of<In>(from, begin + smaller(i + 1, count - 1)) + first;
-        store_words<M>(place, M::zip(row + d, i < count ? numbers - d : 0, next + d, i + 1 < count ? numbers - d : 0));
-      } else {
-        store_words<M>(place, load_words<M>(row + d, i < count ? numbers - d : 0));
-      }
+      store_words<M>(to + i / M::kDepth * columns + d,
+                     load_depths<M, In>(from, begin, i, count, first + d, numbers - d));
     }
   }
+}
+
+// Packs the columns of a matrix as rows of operand A: number d of rows [k * kDepth, (k + 1) * kDepth) makes the word
+// to[d * stride + k]. Fills up to a multiple of kLanes.
+template <class M, typename In>
+LUKE_INLINE void pack_transposed(const Matrix& from, int64_t begin, int64_t count, int64_t numbers,
+                                 typename M::Word* to, int64_t stride) {
+  for (int64_t k = 0; k * M::kDepth < count; k += M::kLanes) {
+    for (int64_t d = 0; d < numbers; d += M::kLanes) {
+      typename M::Vector v[M::kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < M::kLanes; ++j) {
+        v[j] = load_depths<M, In>(from, begin, (k + j) * M::kDepth, count, d, numbers - d);
+      }
+      transpose<M>(v);
+#pragma GCC unroll 16
+      for (int j = 0; j < M::kLanes; ++j) store_words<M>(to + (d + j) * stride + k, v[j]);
+    }
+  }
+}
+
+// Widens the first n numbers at `from`, zero beyond.
+template <class M, typename In>
+LUKE_INLINE typename M::Vector widen_first(const In* from, int64_t n) {
+  if (n >= M::kLanes) return M::widen(from);
+  In padded[M::kLanes] = {};
+  std::memcpy(padded, from, n * sizeof(In));
+  return M::widen(padded);
 }
 
 // Narrows the first n numbers of a vector to `to`.

@@ -35,6 +35,8 @@ struct Single : V {
   }
   // Adds up numbers as they are once they are items.
   static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) { return sum + (a + b); }
+  // Stores kDepth rows of numbers as a row of words of B.
+  static LUKE_INLINE void store_depths(Word* to, const Vector (&rows)[kDepth]) { V::store(to, rows[0]); }
 };
 
 #if defined(__AVX512BF16__)
@@ -57,6 +59,11 @@ struct Pairs : Floats {
   static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) {
     const __m512i ones = _mm512_set1_epi32(0x3F803F80);
     return _mm512_dpbf16_ps(sum, _mm512_cvtne2ps_pbh(b, a), (__m512bh)ones);
+  }
+  static LUKE_INLINE void store_depths(Word* to, const Vector (&rows)[kDepth]) {
+    const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0])));
   }
   static LUKE_INLINE void negate(Word* words, int64_t n) {
     for (int64_t i = 0; i < n; ++i) words[i] ^= 0x80008000;

@@ -1,0 +1,166 @@
+// The operation on the CPU: which thread runs which part of which head. No result depends on the number of threads.
+#include "../attention.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace luke_kernels {
+namespace {
+
+// Rows, or keys, that pay for packing the keys, or the queries, of their head once more.
+constexpr int64_t kFewestRows = 192;
+
+int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Tokens [begin, begin + size) of one kind's buffers.
+struct Range {
+  Kind kind;
+  int64_t begin;
+  int64_t size;
+};
+
+// Lengths and offsets beyond the buffers are cut off: a wrong one may give wrong numbers, never a wild access.
+Range sequence(const AttentionParams& params, Kind kind, int64_t b) {
+  const Segments& segments = params.segments[kind];
+  const int64_t begin = std::clamp<int64_t>(segments.offsets[b], 0, segments.num_tokens);
+  const int64_t longest = std::min(segments.max_length, segments.num_tokens - begin);
+  return {kind, begin, std::clamp<int64_t>(segments.lengths[b], 0, longest)};
+}
+
+int64_t rows_of(const AttentionParams& params, int64_t b) {
+  return sequence(params, kWord, b).size + sequence(params, kEntity, b).size;
+}
+
+Head head_of(const AttentionParams& params, int64_t b, int64_t h) {
+  Head head{};
+  head.head_dim = params.head_dim;
+  head.shared_query = params.stack == 3;
+  head.scale = params.scale;
+  head.dropout = {params.dropout_p, params.seed, params.offset, static_cast<uint32_t>(h + params.num_heads * b)};
+  for (Kind kind : {kWord, kEntity}) {
+    const Range range = sequence(params, kind, b);
+    Tokens& tokens = head.tokens[kind];
+    tokens.size = range.size;
+    const auto address = [&](const Buffer& buffer, int64_t slot, int64_t size) {
+      const int64_t element = range.begin * buffer.token_stride + slot * buffer.slot_stride + h * buffer.head_stride;
+      return static_cast<void*>(static_cast<char*>(buffer.data) + element * size);
+    };
+    const auto matrix = [&](const std::array<Buffer, kKinds>& buffers, int64_t slot) {
+      const Buffer& buffer = buffers[kind];
+      return Matrix{buffer.data ? address(buffer, slot, item_size(params.dtype)) : nullptr, buffer.token_stride};
+    };
+    for (Kind key_kind : {kWord, kEntity}) {
+      tokens.queries[key_kind] = matrix(params.projections, params.query_slot(key_kind));
+      tokens.dqueries[key_kind] = matrix(params.dprojections, params.query_slot(key_kind));
+    }
+    tokens.keys = matrix(params.projections, params.key_slot());
+    tokens.values = matrix(params.projections, params.value_slot());
+    tokens.out = matrix(params.out, 0);
+    tokens.lse = address(params.lse[kind], 0, params.dtype == DType::kFloat64 ? 8 : 4);
+    tokens.dout = matrix(params.dout, 0);
+    tokens.dkeys = matrix(params.dprojections, params.key_slot());
+    tokens.dvalues = matrix(params.dprojections, params.value_slot());
+  }
+  return head;
+}
+
+// Sequences that hold a token, the longest first, so that the threads end together.
+std::vector<int64_t> longest_first(const AttentionParams& params) {
+  std::vector<int64_t> rows(params.batch_size), order(params.batch_size);
+  for (int64_t b = 0; b < params.batch_size; ++b) rows[b] = rows_of(params, b);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows[a] > rows[b]; });
+  while (!order.empty() && rows[order.back()] == 0) order.pop_back();
+  return order;
+}
+
+// Cuts `rows` into about `wanted` slices and calls f(slice).
+template <class F>
+void for_each_slice(int64_t rows, int64_t wanted, const F& f) {
+  const int64_t slices = std::clamp<int64_t>(wanted, 1, (rows + kFewestRows - 1) / kFewestRows);
+  const int64_t step = ((rows + slices - 1) / slices + 15) / 16 * 16;
+  for (int64_t begin = 0; begin < rows; begin += step) f(Span{begin, std::min(begin + step, rows)});
+}
+
+int64_t longest(const AttentionParams& params) {
+  int64_t rows = 0;
+  for (int64_t b = 0; b < params.batch_size; ++b) rows = std::max(rows, rows_of(params, b));
+  return rows;
+}
+
+}  // namespace
+
+size_t attention_scratch_bytes_cpu(const AttentionParams& params) {
+  const int64_t forward = kernels().forward_scratch_bytes(params.dtype, params.head_dim);
+  const int64_t backward = kernels().backward_scratch_bytes(params.dtype, params.head_dim, longest(params));
+  return static_cast<size_t>(std::max(forward, backward)) * params.num_threads;
+}
+
+void attention_forward_cpu(const AttentionParams& params) {
+  const Kernels& isa = kernels();
+  const size_t scratch_bytes = isa.forward_scratch_bytes(params.dtype, params.head_dim);
+  struct Task {
+    int64_t b, head;
+    Span rows;
+  };
+  const int64_t threads = params.num_threads, heads = params.batch_size * params.num_heads;
+  const int64_t wanted = threads == 1 || heads == 0 ? 1 : (4 * threads + heads - 1) / heads;
+  std::vector<Task> tasks;
+  for (int64_t b : longest_first(params)) {
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      for_each_slice(rows_of(params, b), wanted, [&](Span rows) { tasks.push_back({b, head, rows}); });
+    }
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  // Neighbouring heads share pages of memory, and a thread fetches the next one ahead.
+  const int64_t chunk = std::clamp<int64_t>(count / (8 * threads), 1, 4);
+  parallel_for(params.num_threads, count, chunk, [&](int64_t index) {
+    const Task& task = tasks[index];
+    const Head head = head_of(params, task.b, task.head);
+    Head next;
+    const bool foreseen = (index + 1) % chunk != 0 && index + 1 < count;
+    if (foreseen) next = head_of(params, tasks[index + 1].b, tasks[index + 1].head);
+    isa.forward(params.dtype, head, task.rows, foreseen ? &next : nullptr, thread_scratch(scratch_bytes));
+  });
+}
+
+void attention_backward_cpu(const AttentionParams& params) {
+  const Kernels& isa = kernels();
+  const size_t scratch_bytes = isa.backward_scratch_bytes(params.dtype, params.head_dim, longest(params));
+  struct Task {
+    int64_t b, head;
+    Span keys, rows;
+    Gradients gradients;
+  };
+  const std::vector<int64_t> order = longest_first(params);
+  double work = 0;
+  for (int64_t b : order) work += static_cast<double>(rows_of(params, b)) * rows_of(params, b) * params.num_heads;
+  std::vector<Task> tasks;
+  for (int64_t b : order) {
+    const int64_t rows = rows_of(params, b);
+    const Span all = {0, rows};
+    // A part of a head, which gives the gradients of queries or of keys only, recomputes what the other computes too: 7
+    // products where the whole takes 5. That pays where threads would wait for a head.
+    const double share = static_cast<double>(rows) * rows * params.num_threads / work;
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      if (params.num_threads == 1 || share < 1.4) {
+        tasks.push_back({b, head, all, all, {true, true}});
+        continue;
+      }
+      const int64_t wanted = static_cast<int64_t>(4 * share);
+      for_each_slice(rows, wanted, [&](Span keys) { tasks.push_back({b, head, keys, all, {false, true}}); });
+      for_each_slice(rows, wanted, [&](Span slice) { tasks.push_back({b, head, all, slice, {true, false}}); });
+    }
+  }
+  parallel_for(params.num_threads, static_cast<int64_t>(tasks.size()), 1, [&](int64_t index) {
+    const Task& task = tasks[index];
+    isa.backward(params.dtype, head_of(params, task.b, task.head), task.keys, task.rows, task.gradients,
+                 thread_scratch(scratch_bytes));
+  });
+}
+
+}  // namespace luke_kernels
