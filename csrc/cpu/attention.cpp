@@ -116,15 +116,10 @@ void attention_forward_cpu(const AttentionParams& params) {
     }
   }
   const int64_t count = static_cast<int64_t>(tasks.size());
-  // Neighbouring heads share pages of memory, and a thread fetches the next one ahead.
-  const int64_t chunk = std::clamp<int64_t>(count / (8 * threads), 1, 4);
+  const int64_t chunk = std::clamp<int64_t>(count / (8 * threads), 1, 4);  // neighbouring heads share pages of memory
   parallel_for(params.num_threads, count, chunk, [&](int64_t index) {
     const Task& task = tasks[index];
-    const Head head = head_of(params, task.b, task.head);
-    Head next;
-    const bool foreseen = (index + 1) % chunk != 0 && index + 1 < count;
-    if (foreseen) next = head_of(params, tasks[index + 1].b, tasks[index + 1].head);
-    isa.forward(params.dtype, head, task.rows, foreseen ? &next : nullptr, thread_scratch(scratch_bytes));
+    isa.forward(params.dtype, head_of(params, task.b, task.head), task.rows, thread_scratch(scratch_bytes));
   });
 }
 

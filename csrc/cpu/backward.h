@@ -236,7 +236,7 @@ class Backward {
     for (int64_t i = 0; i < slots; i += kPanel<M>) {
       product_of_vectors<M>(smaller(kPanel<M>, slots - i) / kLanes, keys, depth_, a, stride_, b + i * depth_, kPanel<M>,
                             [=](int64_t row, auto& sums) __attribute__((always_inline)) {
-                              store_sums(sums, to + row * pitch + i, pitch);
+                              store_sums<M>(sums, to + row * pitch + i, pitch);
                             });
     }
   }
@@ -291,7 +291,7 @@ class Backward {
       product_of_vectors<M>(columns / kLanes, keys, slots / M::kDepth, reinterpret_cast<const Word*>(items), pitch_,
                             b + kQueries / M::kDepth * d, columns,
                             [=](int64_t row, auto& sums) __attribute__((always_inline)) {
-                              add_sums(sums, to + row * width + d, width);
+                              add_sums<M>(sums, to + row * width + d, width);
                             });
     }
   }
@@ -304,31 +304,8 @@ class Backward {
                             keys_t_ + place / M::kDepth, key_words(),
                             differences_b_ + (capacity_ * i + place * kPanel<M>) / M::kDepth, kPanel<M>,
                             [=](int64_t row, auto& sums) __attribute__((always_inline)) {
-                              add_sums(sums, to + row * kPanel<M>, kPanel<M>);
+                              add_sums<M>(sums, to + row * kPanel<M>, kPanel<M>);
                             });
-    }
-  }
-
-  template <class Sums>
-  static LUKE_INLINE void store_sums(const Sums& sums, Scalar* to, int64_t stride) {
-    constexpr int kRows = sizeof sums / sizeof sums[0], kVectors = sizeof sums[0] / sizeof(Vector);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) M::store(to + r * stride + v * kLanes, sums[r][v]);
-    }
-  }
-
-  template <class Sums>
-  static LUKE_INLINE void add_sums(const Sums& sums, Scalar* to, int64_t stride) {
-    constexpr int kRows = sizeof sums / sizeof sums[0], kVectors = sizeof sums[0] / sizeof(Vector);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Scalar* place = to + r * stride + v * kLanes;
-        M::store(place, M::load(place) + sums[r][v]);
-      }
     }
   }
 

@@ -82,50 +82,6 @@ class KeyBlocks {
   int64_t rank_;
 };
 
-// Fetches rows that come next into the second cache, some at each step: rows of one head lie far apart, so that the
-// machine does not foresee them.
-class Ahead {
- public:
-  void clear() { num_ranges_ = rows_ = range_ = row_ = 0; }
-
-  template <typename In>
-  void add(const Matrix& matrix, int64_t begin, int64_t count, int64_t numbers) {
-    if (count <= 0 || num_ranges_ == kMost) return;
-    ranges_[num_ranges_++] = {reinterpret_cast<const char*>(row_of<In>(matrix, begin)),
-                              matrix.stride * static_cast<int64_t>(sizeof(In)), count,
-                              numbers * static_cast<int64_t>(sizeof(In))};
-    rows_ += count;
-  }
-
-  void spread(int64_t steps) { step_ = (rows_ + steps - 1) / steps; }
-
-  LUKE_INLINE void advance() {
-    for (int64_t left = step_; left > 0 && range_ < num_ranges_;) {
-      const Range& range = ranges_[range_];
-      const int64_t end = smaller(range.count, row_ + left);
-      left -= end - row_;
-      for (; row_ < end; ++row_) {
-        const char* row = range.begin + row_ * range.stride;
-        for (int64_t byte = 0; byte < range.bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-      }
-      if (row_ == range.count) {
-        ++range_;
-        row_ = 0;
-      }
-    }
-  }
-
- private:
-  struct Range {
-    const char* begin;
-    int64_t stride, count, bytes;
-  };
-  static constexpr int kMost = 8;
-  Range ranges_[kMost];
-  int64_t num_ranges_ = 0, rows_ = 0, step_ = 0;
-  int64_t range_ = 0, row_ = 0;  // the next row
-};
-
 // Calls f(tokens, kind, rank, count, place) for the words and the entities among rows: `count` of them from `rank` on,
 // which lie at `place` in the range.
 template <class F>

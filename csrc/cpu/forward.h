@@ -42,14 +42,14 @@ class Forward {
     for (Word*& queries : queries_) queries = memory.take<Word>(kQueries * padded_words<M>(head_dim));
   }
 
-  void run(const Head& head, Span rows, const Head* next = nullptr) {
+  void run(const Head& head, Span rows) {
     for (int64_t begin = rows.begin; begin < rows.end; begin += kMaxRows) {
-      run_slice(head, {begin, smaller(begin + kMaxRows, rows.end)}, next);
+      run_slice(head, {begin, smaller(begin + kMaxRows, rows.end)});
     }
   }
 
  private:
-  void run_slice(const Head& head, Span rows, const Head* next) {
+  void run_slice(const Head& head, Span rows) {
     const int64_t count = rows.end - rows.begin;
     // The running maximum is taken before scaling, which holds for positive factors: queries take the sign; and a
     // scale of zero, which would turn the -inf of absent keys into NaN, becomes a tiny one.
@@ -63,48 +63,15 @@ class Forward {
     }
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) shift_[i] = -INFINITY;
 
-    KeyBlocks<M> blocks(head, capacity_, all_rows(head));
-    bool more = blocks.next();
-    while (more) {
+    for (KeyBlocks<M> blocks(head, capacity_, all_rows(head)); blocks.next();) {
       pack_keys(head, blocks);
-      KeyBlocks<M> following = blocks;
-      more = following.next();
       for (int64_t begin = 0; begin < count; begin += kQueries) {
         const Span block = {rows.begin + begin, rows.begin + smaller(begin + kQueries, count)};
         score(head, blocks, block);
-        look_ahead(head, block, rows.end, more ? &following : nullptr, next);
         weigh(head, blocks, block, begin);
       }
-      blocks = following;
     }
     finish(head, rows);
-  }
-
-  // What is read after this block of queries: the queries after it, or the keys after these, or the next head.
-  void look_ahead(const Head& head, Span block, int64_t end, const KeyBlocks<M>* following, const Head* next) {
-    ahead_.clear();
-    const auto queries = [&](const Head& of, Span rows) {
-      for_each_kind(of, rows, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t) {
-        for (const Matrix& matrix : tokens.queries) ahead_.template add<In>(matrix, rank, n, of.head_dim);
-      });
-    };
-    const auto keys = [&](const Head& of, const KeyBlocks<M>& blocks) {
-      for (const Span& span : blocks.ranks) {
-        const Tokens& tokens = of.tokens[&span - blocks.ranks];
-        ahead_.template add<In>(tokens.keys, span.begin, span.end - span.begin, of.head_dim);
-        ahead_.template add<In>(tokens.values, span.begin, span.end - span.begin, of.head_dim);
-      }
-    };
-    if (block.end < end) {
-      queries(head, {block.end, smaller(end, block.end + kQueries)});
-    } else if (following) {
-      keys(head, *following);
-    } else if (next) {
-      KeyBlocks<M> blocks(*next, capacity_, all_rows(*next));
-      if (blocks.next()) keys(*next, blocks);
-      queries(*next, {0, smaller(kQueries, next->tokens[0].size + next->tokens[1].size)});
-    }
-    ahead_.spread((block.end - block.begin + kGroup - 1) / kGroup);
   }
 
   void pack_keys(const Head& head, const KeyBlocks<M>& blocks) {
@@ -182,7 +149,6 @@ class Forward {
     }
     for (int64_t i = 0; i < count; i += kGroup) {
       const int64_t rows = smaller(kGroup, count - i);
-      ahead_.advance();
       for (int64_t r = i; r < i + rows; ++r) {
         Scalar* row = scores_ + r * pitch_;
         Scalar *sum = sums_ + (state + r) * kLanes, *weight = weights_ + (state + r) * kLanes;
@@ -289,7 +255,6 @@ class Forward {
   Scalar* const sum_;
   Scalar* const weight_;
   Word* queries_[2];
-  Ahead ahead_;
   Scalar scale_ = 0;
   Scalar factor_ = 0;  // of scores, to base 2
   int32_t threshold_ = 0;

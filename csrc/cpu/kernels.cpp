@@ -39,10 +39,10 @@ int64_t forward_scratch_bytes(DType dtype, int64_t head_dim) {
   });
 }
 
-void forward(DType dtype, const Head& head, Span rows, const Head* next, void* scratch) {
+void forward(DType dtype, const Head& head, Span rows, void* scratch) {
   dispatch(dtype, [&](auto product, auto scalar) {
     Memory memory(scratch);
-    Forward<decltype(product), decltype(scalar)>(head.head_dim, memory).run(head, rows, next);
+    Forward<decltype(product), decltype(scalar)>(head.head_dim, memory).run(head, rows);
   });
 }
 

@@ -112,6 +112,28 @@ LUKE_INLINE void tile(int64_t depth, const typename M::Word* a, int64_t a_stride
   finish(sums);
 }
 
+// What may become of the sums of a tile: rows `stride` numbers apart.
+template <class M, int kRows, int kVectors>
+LUKE_INLINE void store_sums(const typename M::Vector (&sums)[kRows][kVectors], typename M::Scalar* to, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) M::store(to + r * stride + v * M::kLanes, sums[r][v]);
+  }
+}
+
+template <class M, int kRows, int kVectors>
+LUKE_INLINE void add_sums(const typename M::Vector (&sums)[kRows][kVectors], typename M::Scalar* to, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      typename M::Scalar* place = to + r * stride + v * M::kLanes;
+      M::store(place, M::load(place) + sums[r][v]);
+    }
+  }
+}
+
 // The columns of one panel for all rows. Calls finish(first row, sums).
 template <class M, int kVectors, class Finish>
 LUKE_INLINE void product_of_panel(int64_t rows, int64_t depth, const typename M::Word* a, int64_t a_stride,
