@@ -32,7 +32,7 @@ Out = Annotated[Path | None, typer.Option(help="file of records to append to")]
 def attention(
     device: Device = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, float64; repeatable")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="BxWxE or BxWxE-ragged; repeatable")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="BxWxE[-dD][-ragged]; repeatable")] = None,
     direction: Direction = None,
     repeats: Repeats = None,
     out: Out = None,

@@ -1,6 +1,7 @@
 """The cases: how many words and entities each sequence of a batch has.
 
-A name says all: `BxWxE` is dense, `BxWxE-ragged` is padded to W and E, its lengths drawn from the name.
+A name says all: `BxWxE` is dense, `BxWxE-ragged` is padded to W and E, its lengths drawn from the name; `BxWxE-d32` has
+heads of 32 numbers, as MiniLM, else they are of 64.
 """
 
 import random
@@ -15,6 +16,12 @@ CPU_CASES = (
     "1x512x1024",
     "1x4096x512",
     "16x512x128-ragged",
+    # Of the mean length of the ragged ones, for comparison.
+    "32x73x9",
+    "16x338x50",
+    "8x128x32-d32",
+    "4x512x128-d32",
+    "1x512x1024-d32",
 )
 GPU_CASES = (
     "32x512x32",
@@ -73,17 +80,18 @@ def parse(name: str, num_heads: int = 12) -> Case:
     """Build the case of a name.
 
     Raises:
-        ValueError: the name is not BxWxE or BxWxE-ragged.
+        ValueError: the name is not BxWxE[-dD][-ragged].
     """
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x(\d+)(-ragged)?", name)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x(\d+)(-d[1-9]\d*)?(-ragged)?", name)
     if match is None:
-        raise ValueError(f"case must be BxWxE or BxWxE-ragged, got {name!r}")
+        raise ValueError(f"case must be BxWxE[-dD][-ragged], got {name!r}")
     batch, words, entities = map(int, match.groups()[:3])
-    if match[4] is None:
-        return Case(name, num_heads, words, entities, (words,) * batch, (entities,) * batch)
+    head_dim = int(match[4][2:]) if match[4] else 64
+    if match[5] is None:
+        return Case(name, num_heads, words, entities, (words,) * batch, (entities,) * batch, head_dim)
     draw = random.Random(name)
     # From 60 words of 512 up, in proportion; the first sequence is full, so that the padding is that of a real batch.
     shortest = max(1, words * 60 // 512)
     word_lengths = (words, *(draw.randint(shortest, words) for _ in range(batch - 1)))
     entity_lengths = (entities, *(draw.randint(0, entities) for _ in range(batch - 1)))
-    return Case(name, num_heads, words, entities, word_lengths, entity_lengths)
+    return Case(name, num_heads, words, entities, word_lengths, entity_lengths, head_dim)

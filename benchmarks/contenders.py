@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,14 +46,16 @@ class Prepared:
     douts: Sequence[Tensor]
     forward: Callable[..., Sequence[Tensor]]
     unpack: Callable[..., Tensor] | None = None
+    threads: int | None = None  # None: as many as torch has
 
     def run(self, direction: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the outputs and, where direction is "both", the gradients of the leaves."""
-        if direction == "forward":
-            with torch.no_grad():
-                return self.forward(*self.leaves), ()
-        outs = self.forward(*self.leaves)
-        return outs, torch.autograd.grad(outs, self.leaves, self.douts)
+        with _threads(self.threads):
+            if direction == "forward":
+                with torch.no_grad():
+                    return self.forward(*self.leaves), ()
+            outs = self.forward(*self.leaves)
+            return outs, torch.autograd.grad(outs, self.leaves, self.douts)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def contenders(inputs: Inputs) -> list[Contender]:
         Contender("doubled_head_dim", ENTITY_AWARE, "sdpa", prepare_doubled),
         Contender("sdpa_plain", PLAIN, "sdpa", prepare_plain),
     ]
+    if "cpu" in able and torch.get_num_threads() > 1:
+        found.append(Contender(f"{OURS}:cpu, 1 thread", ENTITY_AWARE, "cpu", _prepare_alone))
     if inputs.words.device.type == "cuda":
         for name in ("cudnn", "flash", "efficient"):
             found.append(Contender(f"sdpa_plain:{name}", PLAIN, name, partial(prepare_plain, forced=name)))
@@ -108,6 +112,10 @@ def prepare_ours(inputs: Inputs, backend: str) -> Prepared:
         partial(entity_aware_attention, backend=backend, **given),
         lambda dwords, dentities: torch.cat([dwords, dentities], dim=1),
     )
+
+
+def _prepare_alone(inputs: Inputs) -> Prepared:
+    return replace(prepare_ours(inputs, "cpu"), threads=1)
 
 
 def prepare_eager(inputs: Inputs) -> Prepared:
@@ -195,6 +203,16 @@ def _mask(inputs: Inputs) -> Tensor | None:
         return None
     batch, tokens = inputs.present.shape
     return inputs.present[:, None, None].expand(batch, 1, tokens, tokens)
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sdpa_backend(name: str | None) -> contextlib.AbstractContextManager[None]:

@@ -17,12 +17,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "matmul_peak_tflops", "fraction_of_peak")
+_MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "matmul_peak_tflops")
+_PEAKS = ("fma_peak_tflops", "fraction_of_peak")
 _RATES = ("tokens_per_s", "sequences_per_s")
 _JUDGED = ("gate", "gate_heads", "message", "error", "eager_error", "peak_memory_bytes")
 _RUN = ("run", "device", "versions", "commit", "dirty", "date", "command")
 _WHAT = ("op", "direction", "contender", "backend", "size", "case", "shape", "dtype")
-FIELDS = (*_WHAT, *_MEASURED, *_RATES, *_JUDGED, *_RUN)
+FIELDS = (*_WHAT, *_MEASURED, *_PEAKS, *_RATES, *_JUDGED, *_RUN)
 
 
 def blank() -> dict[str, Any]:

@@ -48,6 +48,12 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
             for direction in sorted({direction for direction, _, _ in rows}, reverse=True):
                 part = {(case, dtype): row for (d, case, dtype), row in rows.items() if d == direction}
                 sections.append(f"### {_TITLES[direction]}\n\n{table(part, against)}\n")
+                if name == "attention" and any(r["fma_peak_tflops"] for row in part.values() for r in row.values()):
+                    sections.append(
+                        "Share of what the machine multiplies and adds on registers, timed in the same turns (FMA; dot "
+                        "products of bfloat16 where it has them), and how many times as fast as `sdpa_plain`, which "
+                        f"knows no entities:\n\n{table(part, 'sdpa_plain', share)}\n"
+                    )
                 if name == "model":
                     sections.append(f"Peak memory of a call, MiB:\n\n{table(part, against, memory)}\n")
             sections.append(_sources(rows.values()))
@@ -57,6 +63,7 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
     return files
 
 
+_PEAKS = {"matmul_peak_tflops": "dashed", "fma_peak_tflops": "solid"}
 _TITLES = {"forward": "Forward", "both": "Forward and backward"}
 
 
@@ -162,6 +169,14 @@ def _lines(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def share(record: Record | None, baseline: Record | None) -> str:
+    """Return the fraction of the peak and the ratio to the baseline, or why there is none."""
+    if record is None or record["fraction_of_peak"] is None:
+        return cell(record, baseline)
+    ratio = speedup(record, baseline)
+    return f"{record['fraction_of_peak']:.1%}" + ("" if ratio is None else f" ({ratio:.2f}x)")
+
+
 def speedup(record: Record, baseline: Record | None) -> float | None:
     """Return the baseline's median by the record's, where both have one in the same run."""
     if baseline is None or None in (baseline["median_ms"], record["median_ms"]) or baseline["run"] != record["run"]:
@@ -209,11 +224,16 @@ def _plot(device: str, rows: Rows, path: Path) -> None:
             timed = [(i, row[name]["tflops"]) for i, row in enumerate(part.values()) if name in row]
             bars = [(i + (place + 0.5) * width - 0.4, tflops) for i, tflops in timed if tflops is not None]
             axes.bar([x for x, _ in bars], [y for _, y in bars], width, label=name, color=f"C{place}")
-        peaks = [next(iter(row.values()))["matmul_peak_tflops"] for row in part.values()]
-        axes.hlines(peaks, [i - 0.45 for i in range(len(part))], [i + 0.45 for i in range(len(part))], "gray", "dashed")
+        for peak, style in _PEAKS.items():
+            peaks = [(i, next((r[peak] for r in row.values() if r[peak]), None)) for i, row in enumerate(part.values())]
+            for i, tflops in peaks:
+                if tflops is not None:
+                    axes.hlines(tflops, i - 0.45, i + 0.45, "gray", style)
         axes.set_xticks(range(len(part)), list(part))
         axes.set(title=f"{_TITLES[direction]}, {dtype}", ylabel="TFLOP/s on real tokens", xlabel="case")
     figure.axes[0].plot([], [], "--", color="gray", label="torch matmul, same run")
+    if any(r["fma_peak_tflops"] for row in rows.values() for r in row.values()):
+        figure.axes[0].plot([], [], "-", color="gray", label="multiply and add on registers, same turns")
     figure.suptitle(device)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")

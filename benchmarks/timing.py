@@ -4,11 +4,12 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from luke_kernels import explain_backends
 from luke_kernels.memory import peak_memory_bytes as peak_memory_bytes
 
 Call = Callable[[], Any]
@@ -18,6 +19,8 @@ FLUSH_BYTES = 256 * 2**20
 _PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 # A matmul this long shows the peak; where torch has no fast one (float16 on most CPUs), more would take minutes.
 _PEAK_MS = 50
+# About 3 ms, of up to 24 sums each.
+_PEAK_ROUNDS = 1_000_000
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -98,3 +101,22 @@ def measure_peak(dtype: torch.dtype, device: torch.device) -> float:
             raise RuntimeError(f"the matmul of the peak must run, got {failed['matmul']}")
         fastest_ms = min(samples["matmul"])
     return 2 * size**3 / fastest_ms / 1e9
+
+
+class Operations(NamedTuple):
+    call: Call
+    count: int
+
+
+def multiply_adds(dtype: torch.dtype) -> Operations | None:
+    """Return a call of some milliseconds that multiplies and adds on all threads as our CPU kernels do, and only that.
+
+    None where they are not built.
+    """
+    if explain_backends(torch.zeros(1, 1, 4, 1, 64, dtype=dtype))["cpu"] is not None:
+        return None
+    from luke_kernels import _C
+    from luke_kernels.ops.backends.cpu import DTYPES
+
+    call = functools.partial(_C.multiply_add_cpu, DTYPES[dtype], torch.get_num_threads(), _PEAK_ROUNDS)
+    return Operations(call, call())

@@ -72,4 +72,8 @@ size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 void attention_forward_cpu(const AttentionParams& params);
 void attention_backward_cpu(const AttentionParams& params);
 
+// Multiplies and adds on `num_threads`, as the products of tensors of `dtype` do, and nothing else. Returns how many
+// operations that were.
+int64_t multiply_add_cpu(DType dtype, int num_threads, int64_t rounds);
+
 }  // namespace luke_kernels

@@ -49,6 +49,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_openmp", &lk::has_openmp);
   m.def("cpu_isa", &lk::cpu_isa);
   m.def("set_cpu_isa", &lk::set_cpu_isa, py::arg("name"));
+  m.def("multiply_add_cpu", &lk::multiply_add_cpu, py::arg("dtype"), py::arg("num_threads"), py::arg("rounds"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
   m.def("attention_forward_cpu", &lk::attention_forward_cpu,
         py::call_guard<py::gil_scoped_release>());

@@ -100,6 +100,13 @@ size_t attention_scratch_bytes_cpu(const AttentionParams& params) {
   return static_cast<size_t>(std::max(forward, backward)) * params.num_threads;
 }
 
+int64_t multiply_add_cpu(DType dtype, int num_threads, int64_t rounds) {
+  std::vector<int64_t> operations(num_threads);
+  parallel_for(num_threads, num_threads, 1,
+               [&](int64_t index) { operations[index] = kernels().multiply_add(dtype, rounds); });
+  return std::accumulate(operations.begin(), operations.end(), int64_t{0});
+}
+
 void attention_forward_cpu(const AttentionParams& params) {
   const Kernels& isa = kernels();
   const size_t scratch_bytes = isa.forward_scratch_bytes(params.dtype, params.head_dim);

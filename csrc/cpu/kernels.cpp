@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "peak.h"
 
 #define LUKE_JOIN_(a, b) a##b
 #define LUKE_JOIN(a, b) LUKE_JOIN_(a, b)
@@ -62,10 +63,15 @@ void backward(DType dtype, const Head& head, Span keys, Span rows, Gradients gra
   });
 }
 
+int64_t multiply_add(DType dtype, int64_t rounds) {
+  return dispatch(dtype, [&](auto product, auto) { return run_multiply_adds<decltype(product)>(rounds); });
+}
+
 }  // namespace
 }  // namespace LUKE_ISA
 
 extern const Kernels LUKE_JOIN(kernels_, LUKE_ISA) = {LUKE_ISA::forward_scratch_bytes, LUKE_ISA::forward,
-                                                      LUKE_ISA::backward_scratch_bytes, LUKE_ISA::backward};
+                                                      LUKE_ISA::backward_scratch_bytes, LUKE_ISA::backward,
+                                                      LUKE_ISA::multiply_add};
 
 }  // namespace luke_kernels

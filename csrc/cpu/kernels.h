@@ -15,6 +15,9 @@ struct Kernels {
   int64_t (*backward_scratch_bytes)(DType dtype, int64_t head_dim, int64_t rows);
   // The gradients of `keys`, and their values, from all rows; or of the queries of `rows`, from all keys; or of all.
   void (*backward)(DType dtype, const Head& head, Span keys, Span rows, Gradients gradients, void* scratch);
+
+  // Only multiplies and adds, as the products of tensors of `dtype` do; returns how many operations it did.
+  int64_t (*multiply_add)(DType dtype, int64_t rounds);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -14,7 +14,7 @@ import torch
 from benchmarks import attention, cases, contenders, measure, records, report, timing
 
 CPU = torch.device("cpu")
-MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "fraction_of_peak")
+MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "fma_peak_tflops", "fraction_of_peak")
 
 
 def run(name: str, **options) -> list[dict]:
@@ -46,6 +46,7 @@ def test_records_have_all_fields(found, tmp_path):
         assert set(line) == set(records.FIELDS)
         assert line["gate"] == ("none" if line["op"] == contenders.PLAIN else "pass"), line["message"]
         assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
+        assert line["fraction_of_peak"] == line["tflops"] / line["fma_peak_tflops"]
     assert {"luke_kernels:sdpa", "eager", "doubled_head_dim", "sdpa_plain"} <= {line["contender"] for line in lines}
     assert sorted(records.load([tmp_path]), key=json.dumps) == sorted(lines, key=json.dumps)
 
@@ -116,9 +117,44 @@ def test_flops_count_real_tokens():
         cases.parse("512x128")
 
 
+def test_head_dim_of_a_case():
+    narrow = cases.parse("2x9x3-d32-ragged")
+    assert (narrow.head_dim, narrow.ragged) == (32, True)
+    wide = cases.parse("2x9x3-d64")
+    assert wide.flops("both") == 2 * cases.parse("2x9x3-d32").flops("both") == cases.parse("2x9x3").flops("both")
+    assert contenders.draw_inputs(narrow, torch.float32, CPU).words.shape[-1] == 32
+
+
+def test_peak_counts_every_thread_and_instruction():
+    """Of each dtype; twice the rounds and twice the threads are twice the operations, and bfloat16 is never less."""
+    counts = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        call, counts[dtype] = timing.multiply_adds(dtype)
+        torch.set_num_threads(2)
+        assert timing.multiply_adds(dtype).count == 2 * counts[dtype]
+        torch.set_num_threads(1)
+        assert call() == counts[dtype] > 2**20
+    assert counts[torch.float32] == counts[torch.float16] <= counts[torch.bfloat16]
+
+
+def test_one_thread_is_a_contender_where_there_are_more():
+    """It leaves the number of threads as it was, and its results are those of all threads, to the bit."""
+    torch.set_num_threads(2)
+    try:
+        inputs = contenders.draw_inputs(cases.parse("2x9x3", num_heads=2), torch.float32, CPU)
+        found = {c.name: c.prepare(inputs) for c in contenders.contenders(inputs)}
+        alone, together = (found[name].run("both") for name in ("luke_kernels:cpu, 1 thread", "luke_kernels:cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    for part, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, part, other))
+
+
 def test_report_ratio_is_the_quotient_of_the_medians(found, tmp_path):
     old = [r | {"median_ms": 1e9, "run": "old"} for r in found]
-    wrong = [r | {"gate": "wrong", "median_ms": None, "tflops": None} for r in found if r["contender"] == "sdpa_plain"]
+    unmeasured = {"gate": "wrong", "median_ms": None, "tflops": None, "fraction_of_peak": None}
+    wrong = [r | unmeasured for r in found if r["contender"] == "sdpa_plain"]
     page, plot = report.render([*old, *found, *wrong], tmp_path)
     text = page.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -130,6 +166,13 @@ def test_report_ratio_is_the_quotient_of_the_medians(found, tmp_path):
     assert f"{ours['median_ms']:.4g} ({eager['median_ms'] / ours['median_ms']:.2f}x)" in line
     assert "| wrong |" in line
     assert "1e+09" not in text
+    cells = [f"{ours['fraction_of_peak']:.1%}", "wrong"]
+    assert any(
+        line.startswith("| 2x9x3 | float32") and all(f"| {c} |" in line for c in cells) for line in text.splitlines()
+    )
+    plain = rows["2x9x3", "forward", "sdpa_plain"]
+    ratio = plain["median_ms"] / ours["median_ms"]
+    assert report.share(ours, plain) == f"{ours['fraction_of_peak']:.1%} ({ratio:.2f}x)"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -145,7 +188,7 @@ def test_gpu_command_without_a_gpu(tmp_path):
     ("arguments", "message"),
     [
         (["attention", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
-        (["attention", "--case", "4x5"], "case must be BxWxE or BxWxE-ragged, got '4x5'"),
+        (["attention", "--case", "4x5"], "case must be BxWxE[-dD][-ragged], got '4x5'"),
         (["report", "--records", "none.jsonl"], "none.jsonl"),
         (["attention", "--repeat", "0"], "--repeat"),
         (["model", "--size", "huge"], "size must be tiny or base or large, got 'huge'"),

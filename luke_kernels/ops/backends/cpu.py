@@ -8,7 +8,7 @@ from torch import Tensor
 from luke_kernels import _C
 from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
 
-_DTYPES = {
+DTYPES = {
     torch.float32: _C.DType.float32,
     torch.float64: _C.DType.float64,
     torch.bfloat16: _C.DType.bfloat16,
@@ -61,7 +61,7 @@ def parameters(
     """Describe a call to the C++ core. The tensors must outlive its use."""
     num_words = words.shape[0]
     params = _C.AttentionParams()
-    params.dtype = _DTYPES[words.dtype]
+    params.dtype = DTYPES[words.dtype]
     params.batch_size = layout.batch_size
     params.stack, params.num_heads, params.head_dim = words.shape[1:]
     params.segments = [
