@@ -2,6 +2,7 @@
 #include "../attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -78,6 +79,13 @@ std::vector<int64_t> longest_first(const AttentionParams& params) {
   return order;
 }
 
+// In pairs of a row and a key.
+double work_of(const AttentionParams& params, const std::vector<int64_t>& order) {
+  double pairs = 0;
+  for (int64_t b : order) pairs += static_cast<double>(rows_of(params, b)) * rows_of(params, b);
+  return pairs * params.num_heads;
+}
+
 // Cuts `rows` into about `wanted` slices and calls f(slice).
 template <class F>
 void for_each_slice(int64_t rows, int64_t wanted, const F& f) {
@@ -102,8 +110,8 @@ size_t attention_scratch_bytes_cpu(const AttentionParams& params) {
 
 int64_t multiply_add_cpu(DType dtype, int num_threads, int64_t rounds) {
   std::vector<int64_t> operations(num_threads);
-  parallel_for(num_threads, num_threads, 1,
-               [&](int64_t index) { operations[index] = kernels().multiply_add(dtype, rounds); });
+  parallel_for(num_threads, num_threads,
+               [&](int64_t index, int64_t) { operations[index] = kernels().multiply_add(dtype, rounds); });
   return std::accumulate(operations.begin(), operations.end(), int64_t{0});
 }
 
@@ -114,19 +122,26 @@ void attention_forward_cpu(const AttentionParams& params) {
     int64_t b, head;
     Span rows;
   };
-  const int64_t threads = params.num_threads, heads = params.batch_size * params.num_heads;
-  const int64_t wanted = threads == 1 || heads == 0 ? 1 : (4 * threads + heads - 1) / heads;
+  const std::vector<int64_t> order = longest_first(params);
+  double left = work_of(params, order);
   std::vector<Task> tasks;
-  for (int64_t b : longest_first(params)) {
+  for (int64_t b : order) {
+    const int64_t rows = rows_of(params, b);
     for (int64_t head = 0; head < params.num_heads; ++head) {
-      for_each_slice(rows_of(params, b), wanted, [&](Span rows) { tasks.push_back({b, head, rows}); });
+      // The last heads in parts, so that the threads end together.
+      const double share = static_cast<double>(rows) * rows * params.num_threads / left;
+      const int64_t wanted = params.num_threads == 1 ? 1 : static_cast<int64_t>(std::ceil(2 * share));
+      for_each_slice(rows, wanted, [&](Span slice) { tasks.push_back({b, head, slice}); });
+      left -= static_cast<double>(rows) * rows;
     }
   }
   const int64_t count = static_cast<int64_t>(tasks.size());
-  const int64_t chunk = std::clamp<int64_t>(count / (8 * threads), 1, 4);  // neighbouring heads share pages of memory
-  parallel_for(params.num_threads, count, chunk, [&](int64_t index) {
-    const Task& task = tasks[index];
-    isa.forward(params.dtype, head_of(params, task.b, task.head), task.rows, thread_scratch(scratch_bytes));
+  const auto part_of = [&](const Task& task) { return Part{head_of(params, task.b, task.head), task.rows}; };
+  parallel_for(params.num_threads, count, [&](int64_t index, int64_t next) {
+    Part following;
+    if (next < count) following = part_of(tasks[next]);
+    isa.forward(params.dtype, part_of(tasks[index]), next < count ? &following : nullptr,
+                thread_scratch(scratch_bytes));
   });
 }
 
@@ -139,8 +154,7 @@ void attention_backward_cpu(const AttentionParams& params) {
     Gradients gradients;
   };
   const std::vector<int64_t> order = longest_first(params);
-  double work = 0;
-  for (int64_t b : order) work += static_cast<double>(rows_of(params, b)) * rows_of(params, b) * params.num_heads;
+  const double work = work_of(params, order);
   std::vector<Task> tasks;
   for (int64_t b : order) {
     const int64_t rows = rows_of(params, b);
@@ -158,7 +172,7 @@ void attention_backward_cpu(const AttentionParams& params) {
       for_each_slice(rows, wanted, [&](Span slice) { tasks.push_back({b, head, all, slice, {true, false}}); });
     }
   }
-  parallel_for(params.num_threads, static_cast<int64_t>(tasks.size()), 1, [&](int64_t index) {
+  parallel_for(params.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t index, int64_t) {
     const Task& task = tasks[index];
     isa.backward(params.dtype, head_of(params, task.b, task.head), task.keys, task.rows, task.gradients,
                  thread_scratch(scratch_bytes));

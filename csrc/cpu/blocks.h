@@ -82,6 +82,42 @@ class KeyBlocks {
   int64_t rank_;
 };
 
+// Fetches rows that will be packed soon, a few at a time: a head's rows lie far apart, so that the machine does not
+// foresee them, and all at once they would have to be waited for.
+class Ahead {
+ public:
+  void clear() { num_ranges_ = range_ = rows_ = 0; }
+
+  template <typename In>
+  void add(const Matrix& matrix, Span rows, int64_t numbers) {
+    if (rows.begin >= rows.end) return;
+    ranges_[num_ranges_++] = {reinterpret_cast<const char*>(row_of<In>(matrix, rows.begin)),
+                              matrix.stride * static_cast<int64_t>(sizeof(In)), rows.end - rows.begin,
+                              numbers * static_cast<int64_t>(sizeof(In))};
+    rows_ += rows.end - rows.begin;
+  }
+
+  // All in as many calls of advance().
+  void spread(int64_t steps) { step_ = (rows_ + steps - 1) / steps; }
+
+  LUKE_INLINE void advance() {
+    for (int64_t i = 0; i < step_ && range_ < num_ranges_; ++i) {
+      Range& range = ranges_[range_];
+      for (int64_t byte = 0; byte < range.bytes; byte += 64) __builtin_prefetch(range.row + byte);
+      range.row += range.stride;
+      if (--range.left == 0) ++range_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* row;
+    int64_t stride, left, bytes;
+  };
+  Range ranges_[8];  // two queries, keys and values, of both kinds
+  int64_t num_ranges_ = 0, range_ = 0, rows_ = 0, step_ = 0;
+};
+
 // Calls f(tokens, kind, rank, count, place) for the words and the entities among rows: `count` of them from `rank` on,
 // which lie at `place` in the range.
 template <class F>

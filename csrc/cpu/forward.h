@@ -16,6 +16,7 @@ class Forward {
   using Scalar = typename M::Scalar;
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
+  static constexpr double kLn2 = 0.6931471805599453;
   static constexpr int64_t kQueries = 96;       // a block: a multiple of the rows of every tile
   static constexpr int64_t kGroup = 12;         // rows whose probabilities stay in the first cache
   static constexpr int64_t kMaxRows = 1536;     // for which keys are packed once
@@ -36,26 +37,25 @@ class Forward {
         out_(memory.take<Scalar>(kMaxRows * width_)),
         shift_(memory.take<Scalar>(kMaxRows)),
         sums_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)),
-        weights_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)),
-        sum_(memory.take<Scalar>(kMaxRows + kLanes)),
-        weight_(memory.take<Scalar>(kMaxRows + kLanes)) {
+        weights_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)) {
     for (Word*& queries : queries_) queries = memory.take<Word>(kQueries * padded_words<M>(head_dim));
   }
 
-  void run(const Head& head, Span rows) {
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kMaxRows) {
-      run_slice(head, {begin, smaller(begin + kMaxRows, rows.end)});
+  void run(const Part& part, const Part* next) {
+    for (int64_t begin = part.rows.begin; begin < part.rows.end; begin += kMaxRows) {
+      const int64_t end = smaller(begin + kMaxRows, part.rows.end);
+      const Part rest = {part.head, {end, part.rows.end}};
+      run_slice(part.head, {begin, end}, end < part.rows.end ? &rest : next);
     }
   }
 
  private:
-  void run_slice(const Head& head, Span rows) {
+  void run_slice(const Head& head, Span rows, const Part* next) {
     const int64_t count = rows.end - rows.begin;
     // The running maximum is taken before scaling, which holds for positive factors: queries take the sign; and a
     // scale of zero, which would turn the -inf of absent keys into NaN, becomes a tiny one.
     const double magnitude = head.scale < 0 ? -head.scale : head.scale;
-    scale_ = static_cast<Scalar>(magnitude < 1e-30 ? 1e-30 : magnitude);
-    factor_ = static_cast<Scalar>(scale_ * 1.4426950408889634);
+    factor_ = static_cast<Scalar>((magnitude < 1e-30 ? 1e-30 : magnitude) / kLn2);
     for (int64_t i = 0; i < count * width_; i += kLanes) M::store(out_ + i, M::zero());
     for (int64_t i = 0; i < count * kLanes; i += kLanes) {
       M::store(sums_ + i, M::zero());
@@ -63,15 +63,56 @@ class Forward {
     }
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) shift_[i] = -INFINITY;
 
-    for (KeyBlocks<M> blocks(head, capacity_, all_rows(head)); blocks.next();) {
+    const Part again = {head, rows};
+    KeyBlocks<M> blocks(head, capacity_, all_rows(head));
+    for (bool more = blocks.next(); more;) {
       pack_keys(head, blocks);
+      KeyBlocks<M> following = blocks;
+      more = following.next();
+      if (!more && next) {
+        following = KeyBlocks<M>(next->head, capacity_, all_rows(next->head));
+        following.next();
+      }
       for (int64_t begin = 0; begin < count; begin += kQueries) {
         const Span block = {rows.begin + begin, rows.begin + smaller(begin + kQueries, count)};
+        look_ahead(head, rows, block, blocks.num_panels, more ? &again : next, following);
         score(head, blocks, block);
         weigh(head, blocks, block, begin);
+        if (!more) finish(head, block, begin);
+      }
+      blocks = following;
+    }
+  }
+
+  // Chooses what is fetched during a block of queries: those after it, and its share of the keys that are packed next.
+  void look_ahead(const Head& head, Span rows, Span block, int64_t num_panels, const Part* next,
+                  const KeyBlocks<M>& keys) {
+    ahead_.clear();
+    const auto add_queries = [&](const Head& of, int64_t begin, int64_t end) {
+      for_each_kind(of, {begin, smaller(begin + kQueries, end)},
+                    [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t) {
+                      for (const Matrix& queries : tokens.queries) {
+                        ahead_.add<In>(queries, {rank, rank + n}, head_dim_);
+                      }
+                    });
+    };
+    if (block.end < rows.end) {
+      add_queries(head, block.end, rows.end);
+    } else if (next) {
+      add_queries(next->head, next->rows.begin, next->rows.end);
+    }
+    if (next) {
+      const int64_t shares = (rows.end - rows.begin + kQueries - 1) / kQueries;
+      const int64_t share = (block.begin - rows.begin) / kQueries;
+      for (int64_t kind = 0; kind < 2; ++kind) {
+        const int64_t begin = keys.ranks[kind].begin, size = keys.ranks[kind].end - begin;
+        const Span part = {begin + size * share / shares, begin + size * (share + 1) / shares};
+        ahead_.add<In>(next->head.tokens[kind].keys, part, head_dim_);
+        ahead_.add<In>(next->head.tokens[kind].values, part, head_dim_);
       }
     }
-    finish(head, rows);
+    constexpr int64_t kTileRows = M::kTileSums / M::kTileVectors;
+    ahead_.spread(num_panels * ((block.end - block.begin + kTileRows - 1) / kTileRows));
   }
 
   void pack_keys(const Head& head, const KeyBlocks<M>& blocks) {
@@ -104,10 +145,12 @@ class Forward {
       const int64_t pitch = pitch_;
       Scalar* const scores = scores_ + panel.slot;
       Scalar* const maxima = maxima_;
+      Ahead* const ahead = &ahead_;
       product_of_vectors<M>(
           vectors, count, depth_, queries_[packed], stride, keys_ + p * kPanel<M> * depth_, kPanel<M>,
           [=](int64_t row, auto& sums) __attribute__((always_inline)) {
             constexpr int kRows = sizeof sums / sizeof sums[0], kVectors = sizeof sums[0] / sizeof(Vector);
+            ahead->advance();
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
               Scalar* to = scores + (row + r) * pitch;
@@ -140,12 +183,12 @@ class Forward {
     });
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vector before = M::load(shift_ + state + i);
-      Vector shift = M::max(before, M::load(maximum + i));
+      Vector shift = M::max(before, M::load(maximum + i) * factor_);
       M::store(shift_ + state + i, shift);
       // Scores may all be -inf so far.
       shift = shift == M::broadcast(-INFINITY) ? M::zero() : shift;
       M::store(maximum + i, shift);
-      M::store(rescale + i, exp2<5>((before - shift) * factor_));
+      M::store(rescale + i, exp2<5>(before - shift));
     }
     for (int64_t i = 0; i < count; i += kGroup) {
       const int64_t rows = smaller(kGroup, count - i);
@@ -194,23 +237,23 @@ class Forward {
   // Turns scores into items of operand A, in place.
   template <bool kDropout>
   LUKE_INLINE void exponentiate(Scalar* row, int64_t slots, Scalar shift, Totals& totals) {
-    const Vector maximum = M::broadcast(shift), factor = M::broadcast(factor_);
+    const Vector factor = M::broadcast(factor_);
     const int32_t threshold = threshold_;
     Item* items = reinterpret_cast<Item*>(row);
     Vector sum = totals.sum, weight = totals.weight;
     for (int64_t slot = 0; slot < slots; slot += 2 * kLanes) {
-      Vector a = exp2<M::kDegree>((M::load(row + slot) - maximum) * factor), b = M::zero();
+      Vector a = exp2<M::kDegree>(M::load(row + slot) * factor - shift), b = M::zero();
       const bool both = slot + kLanes < slots;
-      if (both) b = exp2<M::kDegree>((M::load(row + slot + kLanes) - maximum) * factor);
+      if (both) b = exp2<M::kDegree>(M::load(row + slot + kLanes) * factor - shift);
       sum += a + b;
-      weight = M::add_items(weight, a, b);
+      if constexpr (M::kDepth == 2) weight = M::add_items(weight, a, b);
       if (kDropout) {
         a = M::kept(a, draws_ + slot, threshold);
         if (both) b = M::kept(b, draws_ + slot + kLanes, threshold);
       }
       M::store_items(items + slot, a, b);
     }
-    totals = {sum, weight};
+    totals = {sum, M::kDepth == 2 ? weight : sum};
   }
 
   void draw_row(const Head& head, const KeyBlocks<M>& blocks, int64_t row) {
@@ -222,18 +265,20 @@ class Forward {
     }
   }
 
-  void finish(const Head& head, Span rows) {
-    const int64_t count = rows.end - rows.begin;
+  void finish(const Head& head, Span block, int64_t state) {
+    const int64_t count = block.end - block.begin;
+    Scalar sum[kQueries], weight[kQueries];
     const auto add = [](Vector a, Vector b) __attribute__((always_inline)) { return a + b; };
-    reduce_lanes<M>(sums_, count, sum_, add);
-    reduce_lanes<M>(weights_, count, weight_, add);
+    reduce_lanes<M>(sums_ + state * kLanes, count, sum, add);
+    reduce_lanes<M>(weights_ + state * kLanes, count, weight, add);
     const Scalar kept = static_cast<Scalar>(1 / (1 - head.dropout.p));
-    for_each_kind(head, rows, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t place) {
+    for_each_kind(head, block, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t place) {
       Scalar* lse = static_cast<Scalar*>(tokens.lse) + rank;
+      const Scalar* shift = shift_ + state;
       for (int64_t i = 0; i < n; ++i) {
-        lse[i] = shift_[place + i] * scale_ + std::log(sum_[place + i]);
-        const Vector factor = M::broadcast(kept / weight_[place + i]);
-        const Scalar* from = out_ + (place + i) * width_;
+        lse[i] = static_cast<Scalar>(shift[place + i] * kLn2 + std::log(static_cast<double>(sum[place + i])));
+        const Vector factor = M::broadcast(kept / weight[place + i]);
+        const Scalar* from = out_ + (state + place + i) * width_;
         In* to = row_of_output<In>(tokens.out, rank + i);
         for (int64_t d = 0; d < width_; d += kLanes) {
           narrow_first<M>(M::load(from + d) * factor, to + d, head_dim_ - d);
@@ -249,13 +294,11 @@ class Forward {
   Scalar* const maxima_;
   int32_t* const draws_;
   Scalar* const out_;
-  Scalar* const shift_;  // the maxima, before scaling
+  Scalar* const shift_;  // the maxima, to base 2
   Scalar* const sums_;
   Scalar* const weights_;
-  Scalar* const sum_;
-  Scalar* const weight_;
   Word* queries_[2];
-  Scalar scale_ = 0;
+  Ahead ahead_;
   Scalar factor_ = 0;  // of scores, to base 2
   int32_t threshold_ = 0;
 };

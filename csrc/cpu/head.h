@@ -95,6 +95,12 @@ struct Span {
   int64_t end;
 };
 
+// What one thread computes at a time.
+struct Part {
+  Head head;
+  Span rows;
+};
+
 LUKE_INLINE Span all_rows(const Head& head) { return {0, head.tokens[0].size + head.tokens[1].size}; }
 
 // What a part of the backward computes.

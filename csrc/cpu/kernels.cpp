@@ -40,10 +40,10 @@ int64_t forward_scratch_bytes(DType dtype, int64_t head_dim) {
   });
 }
 
-void forward(DType dtype, const Head& head, Span rows, void* scratch) {
+void forward(DType dtype, const Part& part, const Part* next, void* scratch) {
   dispatch(dtype, [&](auto product, auto scalar) {
     Memory memory(scratch);
-    Forward<decltype(product), decltype(scalar)>(head.head_dim, memory).run(head, rows);
+    Forward<decltype(product), decltype(scalar)>(part.head.head_dim, memory).run(part, next);
   });
 }
 

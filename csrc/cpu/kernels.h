@@ -9,8 +9,8 @@ namespace luke_kernels {
 // All work on one head, in `scratch` of as many bytes, aligned to 64.
 struct Kernels {
   int64_t (*forward_scratch_bytes)(DType dtype, int64_t head_dim);
-  // Output and lse of `rows`.
-  void (*forward)(DType dtype, const Head& head, Span rows, void* scratch);
+  // Output and lse of a part. Meanwhile what `next`, if not null, begins with is fetched.
+  void (*forward)(DType dtype, const Part& part, const Part* next, void* scratch);
 
   int64_t (*backward_scratch_bytes)(DType dtype, int64_t head_dim, int64_t rows);
   // The gradients of `keys`, and their values, from all rows; or of the queries of `rows`, from all keys; or of all.

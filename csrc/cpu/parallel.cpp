@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <exception>
 #include <memory>
 #include <new>
@@ -23,19 +24,30 @@ bool in_forked_child = false;
 
 }  // namespace
 
-void parallel_for(int num_threads, int64_t tasks, int64_t chunk, void (*task)(int64_t, const void*),
-                  const void* context) {
+void parallel_for(int num_threads, int64_t tasks, void (*task)(int64_t, int64_t, const void*), const void* context) {
 #ifdef _OPENMP
   if (num_threads > 1 && tasks > 1 && !in_forked_child) {
     // An exception may not leave a parallel region.
     std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(num_threads)
-    for (int64_t index = 0; index < tasks; ++index) {
-      try {
-        task(index, context);
-      } catch (...) {
+    std::atomic<int64_t> untaken{0};
+#pragma omp parallel num_threads(num_threads)
+    {
+      const auto take = [&](int64_t most) {
+        int64_t index = untaken.load();
+        while (index < most && !untaken.compare_exchange_weak(index, index + 1)) {
+        }
+        return index < most ? index : tasks;
+      };
+      // One task ahead, but for the last ones, which go to whom is free.
+      const int64_t last = tasks - 2 * num_threads;
+      for (int64_t index, next = tasks; (index = next < tasks ? next : take(tasks)) < tasks;) {
+        next = take(last);
+        try {
+          task(index, next, context);
+        } catch (...) {
 #pragma omp critical(luke_kernels_failure)
-        failure = std::current_exception();
+          failure = std::current_exception();
+        }
       }
     }
     if (failure) std::rethrow_exception(failure);
@@ -43,8 +55,7 @@ void parallel_for(int num_threads, int64_t tasks, int64_t chunk, void (*task)(in
   }
 #endif
   static_cast<void>(num_threads);
-  static_cast<void>(chunk);
-  for (int64_t index = 0; index < tasks; ++index) task(index, context);
+  for (int64_t index = 0; index < tasks; ++index) task(index, std::min(index + 1, tasks), context);
 }
 
 void* thread_scratch(size_t bytes) {

@@ -6,15 +6,17 @@
 
 namespace luke_kernels {
 
-// Runs task(index, context) for every index, `chunk` neighbours at a time on one thread.
-void parallel_for(int num_threads, int64_t tasks, int64_t chunk, void (*task)(int64_t index, const void* context),
+// Runs task(index, next, context) for every index. `next` is what the same thread runs after it, where it is
+// known, or `tasks`.
+void parallel_for(int num_threads, int64_t tasks, void (*task)(int64_t index, int64_t next, const void* context),
                   const void* context);
 
 template <typename Task>
-void parallel_for(int num_threads, int64_t tasks, int64_t chunk, const Task& task) {
+void parallel_for(int num_threads, int64_t tasks, const Task& task) {
   parallel_for(
-      num_threads, tasks, chunk,
-      [](int64_t index, const void* context) { (*static_cast<const Task*>(context))(index); }, &task);
+      num_threads, tasks,
+      [](int64_t index, int64_t next, const void* context) { (*static_cast<const Task*>(context))(index, next); },
+      &task);
 }
 
 // Memory of this thread, aligned to 64, that grows and is used again.

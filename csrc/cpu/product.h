@@ -33,8 +33,6 @@ struct Single : V {
     V::store(to, a);
     V::store(to + V::kLanes, b);
   }
-  // Adds up numbers as they are once they are items.
-  static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) { return sum + (a + b); }
   // Stores kDepth rows of numbers as a row of words of B.
   static LUKE_INLINE void store_depths(Word* to, const Vector (&rows)[kDepth]) { V::store(to, rows[0]); }
 };
@@ -56,6 +54,7 @@ struct Pairs : Floats {
   static LUKE_INLINE void store_items(Item* to, Vector a, Vector b) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
   }
+  // Adds up numbers as they are once they are items: rounded.
   static LUKE_INLINE Vector add_items(Vector sum, Vector a, Vector b) {
     const __m512i ones = _mm512_set1_epi32(0x3F803F80);
     return _mm512_dpbf16_ps(sum, _mm512_cvtne2ps_pbh(b, a), (__m512bh)ones);

@@ -1,10 +1,12 @@
 """The operator as torch knows it: schema, fake implementations, autograd. Imports torch and its own floor only."""
 
 import contextlib
+import functools
 import importlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from luke_kernels.ops.layout import Layout, accumulator_dtype
 
@@ -28,7 +30,7 @@ def attention(words, entities, *arguments, split=True):
         split: (out_words (Tw, H, D), out_entities (Te, H, D) or None); two parts of one buffer, gradients of each
         taken as they come. Otherwise that buffer, out (Tw + Te, H, D), words first.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _differentiates(words, entities):
         out, _ = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
         if not split:
             return out
@@ -41,6 +43,19 @@ def attention(words, entities, *arguments, split=True):
     return outputs[0], None if entities is None else outputs[1]
 
 
+def _differentiates(words, entities):
+    """Return whether autograd takes part: it costs as much as the rest of a call on a few tokens."""
+    if forward_ad._current_level >= 0:
+        return True  # refuses, where the op itself would drop tangents in silence
+    return torch.is_grad_enabled() and (words.requires_grad or (entities is not None and entities.requires_grad))
+
+
+@functools.cache
+def _backend(name):
+    # Not at import: the table of backends looks for extensions and GPUs.
+    return importlib.import_module("luke_kernels.ops.backends").load(name)
+
+
 def _normalised(words, entities, arguments):
     """Turn the flat arguments of the schema into what backends take.
 
@@ -50,9 +65,8 @@ def _normalised(words, entities, arguments):
     if entities is None:
         entities = words.new_empty((0, *words.shape[1:]))
         layout[2] = layout[3] = torch.zeros_like(layout[1])
-    module = importlib.import_module("luke_kernels.ops.backends").load(backend)
     return (
-        module,
+        _backend(backend),
         _unit_stride(words),
         _unit_stride(entities),
         Layout(*(t.contiguous() for t in layout), max_words, max_entities, covers_rows),
@@ -168,7 +182,10 @@ class _AttentionGradient(torch.autograd.Function):
 
 
 def _forward_autograd(words, entities, *arguments):
-    return _Attention.apply(words, entities, False, *arguments)
+    if _differentiates(words, entities):
+        return _Attention.apply(words, entities, False, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
 
 
 def _backward_autograd(*arguments):

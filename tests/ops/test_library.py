@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from attention_cases import INTERPRETED
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -180,6 +181,14 @@ def test_jacrev_is_refused():
     words = torch.randn(1, 2, 4, 1, 4)
     with pytest.raises(NotImplementedError, match=r"must not run under torch\.vmap"):
         torch.func.jacrev(lambda w: entity_aware_attention(w)[0])(words)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(grad):
+    """Also where no gradient is recorded, and the op itself would drop the tangent."""
+    words = torch.randn(1, 2, 4, 1, 4)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="jvp"):
+        entity_aware_attention(forward_ad.make_dual(words, words))
 
 
 def test_fake_tensors():
