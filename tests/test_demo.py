@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from luke_kernels import LukeConfig, LukeModel, LukeTokenizer, cli, demo
 from luke_kernels.encode import choose_device
 from luke_kernels.ops import backends
-from luke_kernels.ops.backends import sdpa
 from luke_kernels.tokenizer import BUNDLED
 
+CHOSEN = backends.choose("auto", torch.device("cpu"), torch.float32, 16)
 NEEDS_TRANSFORMERS = "transformers is not installed"
 
 
@@ -54,7 +54,7 @@ def test_rows_of_all_contenders(checkpoint, monkeypatch):
     for row in (accelerated, ours):
         assert 0 < float(row[2]) < 1e-5
         assert float(row[3]) > 0
-    assert [row[:2] for row in (accelerated, ours)] == [["accelerated", "sdpa"], ["luke_kernels", "sdpa"]]
+    assert [row[:2] for row in (accelerated, ours)] == [["accelerated", CHOSEN], ["luke_kernels", CHOSEN]]
     assert theirs[4] == "1.00 x"
     assert nearest[0] == "[Marie Curie] won the"
     assert -1 <= float(nearest[2]) <= 1
@@ -69,19 +69,20 @@ def test_without_transformers_the_reference_comes_first(checkpoint, monkeypatch)
     assert "(pip install transformers)" in result.output
     reference, ours = rows(result.output)[:2]
     assert reference[:3] == ["luke_kernels", "reference", "0"]
-    assert ours[:2] == ["luke_kernels", "sdpa"]
+    assert ours[:2] == ["luke_kernels", CHOSEN]
     assert 0 < float(ours[2]) < 1e-5
 
 
 @pytest.mark.parametrize("fault", [lambda out: out * 1.01, lambda out: out * float("nan")])
 def test_what_is_wrong_has_no_time(checkpoint, monkeypatch, fault):
-    right = sdpa.forward
+    backend = backends.load(CHOSEN)
+    right = backend.forward
 
     def wrong(*arguments):
         out, lse = right(*arguments)
         return fault(out), lse
 
-    monkeypatch.setattr(sdpa, "forward", wrong)
+    monkeypatch.setattr(backend, "forward", wrong)
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = run("--model", checkpoint, "--device", "cpu")
     assert result.exit_code == 1, result.output

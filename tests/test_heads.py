@@ -520,6 +520,9 @@ def test_gradients_reach_every_parameter_in_use(cls, packed):
         unused |= {f"{last}{query}.{p}" for query in ("e2w_query", "e2e_query") for p in ("weight", "bias")}
     if cls not in (LukeForSequenceClassification, LukeForMultipleChoice):
         unused |= {name for name, _ in model.named_parameters() if "pooler" in name}
+    if cls is LukeForMultipleChoice:
+        # One bias for all choices: the softmax does not see it, and only rounding moves it.
+        unmoved.discard("classifier.bias")
     assert unmoved == unused
 
 

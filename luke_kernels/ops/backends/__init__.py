@@ -25,8 +25,9 @@ class Support:
 
 
 # Found out here and not on demand: torch.compile traces the choice of a backend, but no imports.
+_CPU_ISA = None
 try:
-    importlib.import_module("luke_kernels._C")
+    _CPU_ISA = importlib.import_module("luke_kernels._C").cpu_isa()
     _EXTENSION_MISSING = None
 except ImportError as error:
     _EXTENSION_MISSING = (
@@ -66,9 +67,10 @@ TABLE: dict[str, Support] = {
         missing=_triton_missing,
     ),
 }
-# Fastest first, by device and whether there is dropout. The reference is a specification and is never chosen.
+# Fastest first, by device and whether there is dropout. The reference is a specification and is never chosen. Without
+# dropout torch's own kernel beats ours for any machine, which knows no instructions beyond the compiler's default.
 PREFERENCE: Mapping[tuple[str, bool], tuple[str, ...]] = {
-    ("cpu", False): ("sdpa", "cpu"),
+    ("cpu", False): ("sdpa", "cpu") if _CPU_ISA == "portable" else ("cpu", "sdpa"),
     ("cpu", True): ("cpu", "sdpa"),  # sdpa draws the mask in PyTorch
     ("cuda", False): ("triton", "sdpa"),
     ("cuda", True): ("triton", "sdpa"),
