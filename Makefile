@@ -13,7 +13,7 @@ TRANSFORMERS4 := build/transformers-4.57.6
 SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.json' -o -name '*.jsonl' -o -name '*.txt' -o -name '*.md') setup.py pyproject.toml MANIFEST.in README.md LICENSE
 
-.PHONY: test test-all demo lint build clean
+.PHONY: test test-all demo lint sanitize build clean
 
 test: $(VENV)/wheel $(VENV)/tools $(TRITON36) $(TRANSFORMERS4)
 	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto $(PYTEST_ARGS)
@@ -30,6 +30,18 @@ lint: $(VENV)/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, in C++ and from Python; and under valgrind, which
+# knows no AVX-512.
+SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/tools
+	rm -rf build/sanitize
+	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/sanitize .
+	CXXFLAGS="$(SANITIZE)" PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		LUKE_KERNELS_TEST_INSTALLED=1 $(BIN)/pytest -n auto -p no:cacheprovider tests/ops -k cpu
+	$${CXX:-c++} -std=c++17 -g -O1 -march=x86-64-v3 -DLUKE_ISA=avx2 tests/cpp/test_kernels.cpp -o build/sanitize/test_kernels
+	valgrind --quiet --error-exitcode=1 build/sanitize/test_kernels
 
 # For development: the source tree itself, extension built in place.
 build: $(VENV)/tools

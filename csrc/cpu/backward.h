@@ -124,6 +124,9 @@ class Backward {
   // lse in units of scores, and delta = dout . out, block by block of queries: what the softmax subtracts from the
   // gradient of each probability of a row. Absent queries have probability zero.
   void prepare(const Head& head, Span rows) {
+    // Columns that do not exist are computed too.
+    fill_zero(probabilities_, (kGroup + 1) * pitch_);
+    fill_zero(differences_, (kGroup + 1) * pitch_);
     int64_t begin = 0;
     for_each_query_block(head, rows, [&](const QueryBlock& block) {
       const Tokens& tokens = head.tokens[block.kind];

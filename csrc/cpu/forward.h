@@ -133,7 +133,7 @@ class Forward {
   // Scores of a block of queries, and the maxima of their lanes.
   void score(const Head& head, const KeyBlocks<M>& blocks, Span block) {
     const int64_t count = block.end - block.begin, stride = padded_words<M>(head_dim_);
-    for (int64_t i = 0; i < count * kLanes; i += kLanes) M::store(maxima_ + i, M::broadcast(-INFINITY));
+    for (int64_t i = 0; i < round_up(count, kLanes); ++i) M::store(maxima_ + i * kLanes, M::broadcast(-INFINITY));
     int64_t packed = -1;
     for (int64_t p = 0; p < blocks.num_panels; ++p) {
       const KeyPanel& panel = blocks.panels[p];

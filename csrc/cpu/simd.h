@@ -58,13 +58,16 @@ struct Generic {
     x = x < lowest ? lowest : x;
     return x > highest ? highest : x;
   }
-  // Returns x - floor(x), in [0, 1).
-  static LUKE_INLINE Vector fraction(Vector x) { return x - floor(x); }
-  // Returns y 2^floor(x).
-  static LUKE_INLINE Vector scale(Vector y, Vector x) {
+  // Returns x less the nearest whole number, in [-1/2, 1/2].
+  static LUKE_INLINE Vector fraction(Vector x) {
+    constexpr T kShift = T(3) * (int64_t{1} << (kMantissa - 1));  // leaves no bit for a fraction
+    return x - ((x + kShift) - kShift);
+  }
+  // Returns y 2^n of a whole number n.
+  static LUKE_INLINE Vector scale(Vector y, Vector n) {
     // In two steps, whose factors are normal though the result is not.
-    const Integers n = __builtin_convertvector(floor(x), Integers), half = n >> 1;
-    return y * (Vector)((half + kBias) << kMantissa) * (Vector)((n - half + kBias) << kMantissa);
+    const Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
+    return y * (Vector)((half + kBias) << kMantissa) * (Vector)((whole - half + kBias) << kMantissa);
   }
 
   static LUKE_INLINE Vector widen(const T* from) { return load(from); }
@@ -73,10 +76,6 @@ struct Generic {
  private:
   static constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
 
-  static LUKE_INLINE Vector floor(Vector x) {
-    const Vector whole = __builtin_convertvector(__builtin_convertvector(x, Integers), Vector);
-    return whole > x ? whole - 1 : whole;
-  }
   static LUKE_INLINE Vector interleave(Vector a, Vector b, int from) {
     Vector result;
     for (int i = 0; i < kLanes; i += 2) {
@@ -134,8 +133,8 @@ struct Floats : GenericFloats<64> {
     return _mm512_permutex2var_ps(a, lanes, b);
   }
   static LUKE_INLINE Vector bounded(Vector x) { return x; }
-  static LUKE_INLINE Vector fraction(Vector x) { return _mm512_reduce_ps(x, 0x01); }
-  static LUKE_INLINE Vector scale(Vector y, Vector x) { return _mm512_scalef_ps(y, x); }
+  static LUKE_INLINE Vector fraction(Vector x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+  static LUKE_INLINE Vector scale(Vector y, Vector n) { return _mm512_scalef_ps(y, n); }
 
   using GenericFloats::narrow;
   using GenericFloats::widen;
@@ -173,7 +172,6 @@ struct Floats : GenericFloats<64> {
 struct Floats : GenericFloats<32> {
   static LUKE_INLINE Vector broadcast(float x) { return _mm256_set1_ps(x); }
   static LUKE_INLINE Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
-  static LUKE_INLINE Vector fraction(Vector x) { return x - _mm256_floor_ps(x); }
   static LUKE_INLINE Vector interleave_low(Vector a, Vector b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
   }
@@ -213,13 +211,14 @@ using Floats = GenericFloats<16>;
 // Of few lanes: float64 serves checks of gradients.
 using Doubles = Generic<double, 16>;
 
-// Rounds y = 2^x to float32's precision; x may be -inf. Of kDegree 3, to a tenth of bfloat16's rounding.
-// Polynomials of least relative error on [0, 1) that are 1 at 0: 8.2e-8 and 8.6e-5.
+// Returns 2^x to 2 ulp; x may be -inf. Of kDegree 3, to a tenth of bfloat16's rounding.
+// Polynomials that are 1 at 0, of least error on [-1/2, 1/2]: in ulp, an ulp below 0 counting 1.25 times; relative,
+// 1.0e-4.
 template <int kDegree>
 LUKE_INLINE Floats::Vector exp2(Floats::Vector x) {
   constexpr float kCoefficients[2][5] = {
-      {0.6951168179512024f, 0.22764496505260468f, 0.077067069709301f},
-      {0.6931512951850891f, 0.24016444385051727f, 0.05579991266131401f, 0.009017029777169228f, 0.001867130515165627f}};
+      {0.69328293f, 0.24221096f, 0.055008931f},
+      {0.69314671f, 0.24022239f, 0.055510689f, 0.0096716592f, 0.0013170706f}};
   static_assert(kDegree == 3 || kDegree == 5);
   x = Floats::bounded(x);
   const Floats::Vector f = Floats::fraction(x);
@@ -227,7 +226,7 @@ LUKE_INLINE Floats::Vector exp2(Floats::Vector x) {
   Floats::Vector y = Floats::broadcast(coefficients[kDegree - 1]);
 #pragma GCC unroll 5
   for (int i = kDegree - 2; i >= 0; --i) y = y * f + coefficients[i];
-  return Floats::scale(y * f + 1.0f, x);
+  return Floats::scale(y * f + 1.0f, x - f);
 }
 
 template <int kDegree>

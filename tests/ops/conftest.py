@@ -9,3 +9,17 @@ def _tiles_of_the_interpreter(request, monkeypatch):
     if backends.INTERPRETING and "triton" in request.node.nodeid:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr("luke_kernels.ops.backends.triton.config", lambda kernel, dtype, block_d: tile)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request):
+    """Each instruction set that this machine has, one after the other."""
+    core = pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
+    before = core.cpu_isa()
+    core.set_cpu_isa(request.param)
+    found = core.cpu_isa()
+    if found == request.param:
+        yield request.param
+    core.set_cpu_isa(before)
+    if found != request.param:
+        pytest.skip(f"this machine or build has no {request.param}")

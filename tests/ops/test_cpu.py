@@ -3,27 +3,18 @@
 import os
 import threading
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
-from attention_cases import Case, assert_as_exact_as_eager, run
+from attention_cases import PATTERNS, Case, assert_as_exact_as_eager, run
 
 from luke_kernels import entity_aware_attention
 from luke_kernels.ops.layout import Layout, empty_outputs
 
 cpu = pytest.importorskip("luke_kernels.ops.backends.cpu", reason="luke_kernels._C is not built")
 
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request):
-    """Each instruction set that this machine has."""
-    before = cpu._C.cpu_isa()
-    cpu._C.set_cpu_isa(request.param)
-    found = cpu._C.cpu_isa()
-    if found == request.param:
-        yield request.param
-    cpu._C.set_cpu_isa(before)
-    if found != request.param:
-        pytest.skip(f"this machine or build has no {request.param}")
+EXAMPLES = int(os.environ.get("LUKE_KERNELS_EXAMPLES", "40"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -34,6 +25,30 @@ def isa(request):
 )
 def test_error_with_every_instruction_set(isa, case, dtype):
     assert_as_exact_as_eager(run(case, dtype, "cpu"), case, dtype)
+
+
+@hypothesis.settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(data=st.data())
+def test_error_of_any_case(data):
+    """Any lengths, head size, dtype, instruction set of this machine, number of threads."""
+    draw = data.draw
+    case = Case(
+        draw(st.integers(0, 400)),
+        draw(st.integers(0, 200)),
+        draw(st.sampled_from(PATTERNS)),
+        draw(st.integers(1, 130)),
+        draw(st.sampled_from([3, 4])),
+        draw(st.sampled_from([0.1, 1.0, 10.0])),
+    )
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    isa, threads = cpu._C.cpu_isa(), torch.get_num_threads()
+    cpu._C.set_cpu_isa(draw(st.sampled_from(["portable", "avx2", "avx512", "avx512_bf16"])))
+    torch.set_num_threads(draw(st.integers(1, 3)))
+    try:
+        assert_as_exact_as_eager(run(case, dtype, "cpu"), case, dtype)
+    finally:
+        cpu._C.set_cpu_isa(isa)
+        torch.set_num_threads(threads)
 
 
 def test_an_unknown_instruction_set():
@@ -55,6 +70,43 @@ def test_threads_change_no_bit():
     torch.set_num_threads(before)
     for name, expected in results[0].items():
         assert all(torch.equal(result[name], expected) for result in results[1:]), name
+
+
+@pytest.mark.parametrize("words", [200, 1700])
+def test_few_heads_are_shared_out(words):
+    """One sequence of one head: rows and keys go to many threads, the backward in two halves, and no bit changes."""
+    before, layout = torch.get_num_threads(), Layout(*map(torch.tensor, ([0], [words], [0], [70])), words, 70, True)
+    layout = layout._replace(**{name: getattr(layout, name).int() for name in layout._fields[:4]})
+    inputs = torch.randn(words, 4, 1, 40), torch.randn(70, 4, 1, 40)
+    douts = torch.randn(words, 1, 40), torch.randn(70, 1, 40)
+    options = (layout, 0.2, 0.1, torch.tensor([3, 4]))
+    results = []
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        out, lse = cpu.forward(*inputs, *options)
+        results.append((out, lse, *cpu.backward(*douts, out, lse, *inputs, *options)))
+    torch.set_num_threads(before)
+    assert not any(t.isnan().any() for t in results[0])
+    assert all(map(torch.equal, results[0] * 3, [t for result in results[1:] for t in result]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_workers_of_a_data_loader():
+    """They are forked after a parallel region, where GNU OpenMP would hang; and give what the parent gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    words = torch.randn(6, 1, 200, 4, 2, 32)
+    expected = [entity_aware_attention(w, backend="cpu")[0] for w in words]
+
+    def attend(items):
+        return entity_aware_attention(items[0], backend="cpu")[0]
+
+    options = {"num_workers": 2, "timeout": 60, "multiprocessing_context": "fork"}
+    found = list(torch.utils.data.DataLoader(words, collate_fn=attend, **options))
+    torch.set_num_threads(before)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_several_python_threads_at_once():
