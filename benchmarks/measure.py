@@ -50,7 +50,8 @@ def compete(
     if device.type == "cpu" and entrants:
         operations = timing.multiply_adds(getattr(torch, entrants[0].record["dtype"]))
     samples, failed = timing.interleave(calls | ({_FMA: operations.call} if operations else {}), repeats, device)
-    fma_peak_tflops = operations.count / timing.quantiles(samples.pop(_FMA))["median_ms"] / 1e9 if operations else None
+    fma_ms, _ = samples.pop(_FMA, None), failed.pop(_FMA, None)
+    fma_peak_tflops = operations.count / timing.quantiles(fma_ms)["median_ms"] / 1e9 if operations and fma_ms else None
     for name, message in failed.items():
         rows[name] |= {"gate": "failed", "message": message, "peak_memory_bytes": None}
     for name, times in samples.items():

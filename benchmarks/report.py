@@ -50,7 +50,7 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
                 sections.append(f"### {_TITLES[direction]}\n\n{table(part, against)}\n")
                 if name == "attention" and any(r["fma_peak_tflops"] for row in part.values() for r in row.values()):
                     sections.append(
-                        "Share of what the machine multiplies and adds on registers, timed in the same turns (FMA; dot "
+                        "Share of what all threads multiply and add on registers, timed in the same turns (FMA; dot "
                         "products of bfloat16 where it has them), and how many times as fast as `sdpa_plain`, which "
                         f"knows no entities:\n\n{table(part, 'sdpa_plain', share)}\n"
                     )
@@ -173,6 +173,8 @@ def share(record: Record | None, baseline: Record | None) -> str:
     """Return the fraction of the peak and the ratio to the baseline, or why there is none."""
     if record is None or record["fraction_of_peak"] is None:
         return cell(record, baseline)
+    if record["fma_peak_tflops"] is None:
+        return ""  # its fraction is of another peak
     ratio = speedup(record, baseline)
     return f"{record['fraction_of_peak']:.1%}" + ("" if ratio is None else f" ({ratio:.2f}x)")
 

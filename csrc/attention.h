@@ -66,7 +66,8 @@ const char* cpu_isa();
 // Throws std::invalid_argument where LUKE_KERNELS_CPU_ISA names no instruction set of this build and machine.
 void set_cpu_isa(const char* name);
 
-// Bytes of scratch memory the CPU kernels keep; they depend on head_dim and num_threads, not on the tokens.
+// Bytes of scratch memory the CPU kernels keep: for head_dim and num_threads and, in the backward, for the longest
+// sequence.
 size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 
 void attention_forward_cpu(const AttentionParams& params);

@@ -71,7 +71,7 @@ class Backward {
         for (int kind = 0; kind < 2; ++kind) {
           dqueries[kind] = dqueries_[head.shared_query ? 0 : kind] + (first_is_last ? 0 : begin * width_);
         }
-        if (first) {
+        if (first && gradients_.queries) {
           for (Scalar* gradient : dqueries) fill_zero(gradient, kQueries * width_);
         }
         meet(head, blocks, block, begin, dqueries);

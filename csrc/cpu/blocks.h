@@ -3,6 +3,10 @@
 
 #include "pack.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace luke_kernels::LUKE_ISA {
 
 // Hands out memory in lines of a cache, or only counts it where there is none.
@@ -12,7 +16,16 @@ class Memory {
   template <typename T>
   T* take(int64_t count) {
     T* place = begin_ ? reinterpret_cast<T*>(begin_ + taken_) : nullptr;
-    taken_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    taken_ += bytes;
+#if defined(__SANITIZE_ADDRESS__)
+    // A line that nobody may touch, so that AddressSanitizer sees one area run into the next.
+    if (begin_) {
+      ASAN_UNPOISON_MEMORY_REGION(place, bytes);
+      ASAN_POISON_MEMORY_REGION(begin_ + taken_, 64);
+    }
+    taken_ += 64;
+#endif
     return place;
   }
   int64_t taken() const { return taken_; }

@@ -33,7 +33,7 @@ class Forward {
         values_(memory.take<Word>(capacity_ / M::kDepth * width_)),
         scores_(memory.take<Scalar>(kQueries * pitch_)),
         maxima_(memory.take<Scalar>(kQueries * kLanes)),
-        draws_(memory.take<int32_t>(capacity_)),
+        draws_(memory.take<int32_t>(capacity_ + 4 * kCounters)),
         out_(memory.take<Scalar>(kMaxRows * width_)),
         shift_(memory.take<Scalar>(kMaxRows)),
         sums_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)),

@@ -30,17 +30,19 @@ def attention(words, entities, *arguments, split=True):
         split: (out_words (Tw, H, D), out_entities (Te, H, D) or None); two parts of one buffer, gradients of each
         taken as they come. Otherwise that buffer, out (Tw + Te, H, D), words first.
     """
-    if torch.compiler.is_compiling() or not _differentiates(words, entities):
-        out, _ = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
+    if not torch.compiler.is_compiling() and _differentiates(words, entities):
+        outputs = _Attention.apply(words, entities, split, *arguments)
         if not split:
-            return out
-        if entities is None:
-            return out, None
-        return out.split([words.shape[0], entities.shape[0]])
-    outputs = _Attention.apply(words, entities, split, *arguments)
+            return outputs[0]
+        return outputs[0], None if entities is None else outputs[1]
+    # Under tracing the dispatcher comes to autograd by itself.
+    call = torch.ops.luke_kernels.attention_forward if torch.compiler.is_compiling() else _below_autograd
+    out, _ = call(words, entities, *arguments)
     if not split:
-        return outputs[0]
-    return outputs[0], None if entities is None else outputs[1]
+        return out
+    if entities is None:
+        return out, None
+    return out.split([words.shape[0], entities.shape[0]])
 
 
 def _differentiates(words, entities):
@@ -119,8 +121,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(words, entities, split, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
+        out, lse = _below_autograd(words, entities, *arguments)
         if split:
             # Views: the backward reads `out`, so autograd must see who writes into its parts.
             parts = out.split([words.shape[0], out.shape[0] - words.shape[0]])
@@ -184,6 +185,10 @@ class _AttentionGradient(torch.autograd.Function):
 def _forward_autograd(words, entities, *arguments):
     if _differentiates(words, entities):
         return _Attention.apply(words, entities, False, *arguments)
+    return _below_autograd(words, entities, *arguments)
+
+
+def _below_autograd(words, entities, *arguments):
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.luke_kernels.attention_forward(words, entities, *arguments)
 

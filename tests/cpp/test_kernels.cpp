@@ -1,7 +1,8 @@
-// Checks the kernels of one instruction set, LUKE_ISA, without Python: for sanitizers and valgrind, which then see every
-// byte, in memory of exactly the size that is asked for. Prints what fails; the exit code is the number of failures.
+// Checks the kernels of one instruction set, LUKE_ISA, without Python: for sanitizers and valgrind, in memory of exactly
+// the size that is asked for. Prints what fails; the exit code is the number of failures.
 #include "../../csrc/cpu/kernels.cpp"
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -23,6 +24,11 @@ int failures = 0;
       std::printf("\n");                   \
     }                                      \
   } while (0)
+
+// NaN is the largest error of all.
+void raise(double& worst, double error) {
+  if (!(error <= worst)) worst = std::isnan(error) ? INFINITY : error;
+}
 
 template <int kDegree>
 std::vector<float> exp2_of(const std::vector<float>& x) {
@@ -50,8 +56,8 @@ void check_exp2() {
     }
     const double exact = std::exp2(static_cast<double>(x[i]));
     const double ulp = std::exp2(std::fmax(std::floor(static_cast<double>(x[i])), -126) - 23);
-    worst_ulps = std::fmax(worst_ulps, std::fabs(fine[i] - exact) / ulp);
-    if (x[i] >= -126) worst = std::fmax(worst, std::fabs(coarse[i] - exact) / exact);
+    raise(worst_ulps, std::fabs(fine[i] - exact) / ulp);
+    if (x[i] >= -126) raise(worst, std::fabs(coarse[i] - exact) / exact);
     CHECK(std::fabs(coarse[i] - exact) <= exact / 5120 + std::exp2(-149), "2^%g is %g, got %g", x[i], exact, coarse[i]);
   }
   std::printf("exp2: %.2f ulp; of degree 3: %.2e\n", worst_ulps, worst);
@@ -76,6 +82,15 @@ void assign(lk::bfloat16& to, double x) { to = lk::to_bfloat16(static_cast<float
 void assign(lk::float16& to, double x) { to = lk::to_float16(static_cast<float>(x)); }
 void assign(double& to, double x) { to = x; }
 
+template <typename In, size_t kCount>
+bool same(const std::array<std::vector<In>, kCount>& a, const std::array<std::vector<In>, kCount>& b) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (a[i].size() != b[i].size()) return false;
+    if (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(In)) != 0) return false;
+  }
+  return true;
+}
+
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -83,18 +98,18 @@ std::unique_ptr<void, Free> scratch_of(int64_t bytes) {
   return std::unique_ptr<void, Free>(std::aligned_alloc(64, bytes));
 }
 
-// A head whose rows lie `gap` numbers apart; what lies between must not be touched, nor read to any effect: it is NaN.
+// A head whose rows lie kGap numbers apart; what lies between must not be written, nor read to any effect: it is NaN.
 template <typename In>
 struct Inputs {
   using Accumulator = std::conditional_t<sizeof(In) == 8, double, float>;
   static constexpr int kSlots = 4, kGap = 3;
 
-  Inputs(int64_t words, int64_t entities, int64_t head_dim) : sizes{words, entities}, stride(head_dim + kGap) {
+  Inputs(int64_t words, int64_t entities, int64_t head_dim, double scale) : sizes{words, entities}, stride(head_dim + kGap) {
     std::mt19937 random(1);
     std::normal_distribution<double> normal;
     head = lk::Head{};
     head.head_dim = head_dim;
-    head.scale = 0.3;
+    head.scale = scale;
     for (int kind = 0; kind < 2; ++kind) {
       lk::Tokens& tokens = head.tokens[kind];
       tokens.size = sizes[kind];
@@ -119,24 +134,38 @@ struct Inputs {
     }
   }
 
+  void check_gaps() const {
+    for (const auto& buffer : {out[0], out[1], gradients[0][0], gradients[0][3], gradients[1][1], gradients[1][2]}) {
+      for (size_t i = 0; i < buffer.size(); ++i) {
+        const bool gap = static_cast<int64_t>(i) % stride >= head.head_dim;
+        CHECK(!gap || std::isnan(to_number(buffer[i])), "%zu", i);
+      }
+    }
+  }
+
   int64_t rows() const { return sizes[0] + sizes[1]; }
   int kind_of(int64_t row) const { return row >= sizes[0]; }
-  double at(const std::vector<In> (&of)[2], int64_t row, int64_t d) const {
+  template <class Buffers>
+  double at(const Buffers& of, int64_t row, int64_t d) const {
     return to_number(of[kind_of(row)][(row - kind_of(row) * sizes[0]) * stride + d]);
   }
-  double at(const std::vector<In> (&of)[2][kSlots], int slot, int64_t row, int64_t d) const {
+  template <class Buffers>
+  double at(const Buffers& of, int slot, int64_t row, int64_t d) const {
     return to_number(of[kind_of(row)][slot][(row - kind_of(row) * sizes[0]) * stride + d]);
   }
 
   const int64_t sizes[2], stride;
   lk::Head head;
-  std::vector<In> inputs[2][kSlots], gradients[2][kSlots], dout[2], out[2];
+  std::vector<In> inputs[2][kSlots], dout[2];
+  std::array<std::vector<In>, kSlots> gradients[2];
+  std::array<std::vector<In>, 2> out;
   std::vector<Accumulator> lse[2];
 };
 
 template <typename In>
-void check_attention(lk::DType dtype, double tolerance, int64_t words, int64_t entities, int64_t head_dim) {
-  Inputs<In> x(words, entities, head_dim);
+void check_attention(lk::DType dtype, double tolerance, int64_t words, int64_t entities, int64_t head_dim,
+                     double scale) {
+  Inputs<In> x(words, entities, head_dim, scale);
   const lk::Kernels& kernels = lk::LUKE_JOIN(kernels_, LUKE_ISA);
   const int64_t rows = x.rows();
   const lk::Span all = {0, rows};
@@ -144,14 +173,25 @@ void check_attention(lk::DType dtype, double tolerance, int64_t words, int64_t e
   kernels.forward(dtype, part, &part, scratch_of(kernels.forward_scratch_bytes(dtype, head_dim)).get());
   const auto scratch = scratch_of(kernels.backward_scratch_bytes(dtype, head_dim, rows));
   kernels.backward(dtype, x.head, all, all, {true, true}, scratch.get());
+  x.check_gaps();
+
+  // In parts: the same bits.
+  const auto out = x.out, dwords = x.gradients[0], dentities = x.gradients[1];
+  const int64_t cut = rows / 3 / 16 * 16;
+  for (const lk::Span slice : {lk::Span{0, cut}, lk::Span{cut, rows}}) {
+    const lk::Part piece = {x.head, slice};
+    kernels.forward(dtype, piece, nullptr, scratch_of(kernels.forward_scratch_bytes(dtype, head_dim)).get());
+    kernels.backward(dtype, x.head, slice, all, {false, true}, scratch.get());
+    kernels.backward(dtype, x.head, all, slice, {true, false}, scratch.get());
+  }
+  CHECK(same(out, x.out) && same(dwords, x.gradients[0]) && same(dentities, x.gradients[1]),
+        "dtype %d, %ld words, %ld entities in parts", static_cast<int>(dtype), static_cast<long>(words),
+        static_cast<long>(entities));
 
   // By the formula, in double.
   std::vector<double> p(rows * rows), ds(rows * rows), dot(rows, 0), expected_out(rows * head_dim, 0);
   double worst = 0;
-  const auto compare = [&](double got, double expected) {
-    const double error = std::fabs(got - expected);
-    worst = error <= worst ? worst : error;  // a NaN counts
-  };
+  const auto compare = [&](double got, double expected) { raise(worst, std::fabs(got - expected)); };
   for (int64_t i = 0; i < rows; ++i) {
     double most = -INFINITY, sum = 0;
     for (int64_t j = 0; j < rows; ++j) {
@@ -203,12 +243,18 @@ int main() {
   check_float16();
   constexpr int64_t kSizes[][3] = {{1, 0, 16}, {0, 1, 16},  {3, 2, 1},   {17, 5, 20},   {64, 16, 64},
                                    {65, 1, 7}, {31, 33, 48}, {97, 70, 33}, {130, 3, 128}, {20, 9, 256}};
+  double scale = 0.3;
   for (const auto& [words, entities, head_dim] : kSizes) {
-    check_attention<double>(lk::DType::kFloat64, 1e-11, words, entities, head_dim);
-    check_attention<float>(lk::DType::kFloat32, 1e-4, words, entities, head_dim);
-    check_attention<lk::float16>(lk::DType::kFloat16, 0.02, words, entities, head_dim);
-    check_attention<lk::bfloat16>(lk::DType::kBFloat16, 0.2, words, entities, head_dim);
+    check_attention<double>(lk::DType::kFloat64, 1e-11, words, entities, head_dim, scale);
+    check_attention<float>(lk::DType::kFloat32, 1e-4, words, entities, head_dim, scale);
+    check_attention<lk::float16>(lk::DType::kFloat16, 0.02, words, entities, head_dim, scale);
+    check_attention<lk::bfloat16>(lk::DType::kBFloat16, 0.2, words, entities, head_dim, scale);
+    scale = -scale;
   }
+  // Several blocks of keys and of queries; and scores that are all zero.
+  check_attention<double>(lk::DType::kFloat64, 1e-11, 1030, 130, 64, 0.2);
+  check_attention<float>(lk::DType::kFloat32, 1e-4, 1030, 130, 32, 0.2);
+  check_attention<lk::bfloat16>(lk::DType::kBFloat16, 0.2, 50, 21, 32, 0);
   std::printf("%d failures\n", failures);
   return failures < 100 ? failures : 100;
 }

@@ -27,8 +27,14 @@ class Support:
 # Found out here and not on demand: torch.compile traces the choice of a backend, but no imports.
 _CPU_ISA = None
 try:
-    _CPU_ISA = importlib.import_module("luke_kernels._C").cpu_isa()
+    _core = importlib.import_module("luke_kernels._C")
+    # For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
+    if "LUKE_KERNELS_CPU_ISA" in os.environ:
+        _core.set_cpu_isa(os.environ["LUKE_KERNELS_CPU_ISA"])
+    _CPU_ISA = _core.cpu_isa()
     _EXTENSION_MISSING = None
+except ValueError as error:
+    _EXTENSION_MISSING = str(error)
 except ImportError as error:
     _EXTENSION_MISSING = (
         f"luke_kernels._C does not load from {Path(__file__).parents[2]} ({error}): in a source tree run `make build`, "
@@ -68,7 +74,7 @@ TABLE: dict[str, Support] = {
     ),
 }
 # Fastest first, by device and whether there is dropout. The reference is a specification and is never chosen. Without
-# dropout torch's own kernel beats ours for any machine, which knows no instructions beyond the compiler's default.
+# dropout torch's kernel beats our portable ones, which know no instructions beyond the compiler's default.
 PREFERENCE: Mapping[tuple[str, bool], tuple[str, ...]] = {
     ("cpu", False): ("sdpa", "cpu") if _CPU_ISA == "portable" else ("cpu", "sdpa"),
     ("cpu", True): ("cpu", "sdpa"),  # sdpa draws the mask in PyTorch

@@ -1,7 +1,5 @@
 """The C++ kernels for the CPU (csrc/cpu): tensors go in as addresses and strides."""
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,6 @@ DTYPES = {
     torch.bfloat16: _C.DType.bfloat16,
     torch.float16: _C.DType.float16,
 }
-
-# For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
-if "LUKE_KERNELS_CPU_ISA" in os.environ:
-    _C.set_cpu_isa(os.environ["LUKE_KERNELS_CPU_ISA"])
 
 
 def forward(
@@ -71,9 +65,15 @@ def parameters(
         ),
     ]
     params.projections = [_buffer(words), _buffer(entities)]
-    params.out = [_buffer(out[:num_words, None]), _buffer(out[num_words:, None])]
-    tokens_first = lse.T[:, None, :, None]
-    params.lse = [_buffer(tokens_first[:num_words]), _buffer(tokens_first[num_words:])]
+    # Not by views, each of which costs as much as the attention of a few tokens.
+    begins = (0, num_words)
+    out_stride, out_bytes = out.stride(), out.element_size()
+    params.out = [
+        _C.Buffer(out.data_ptr() + begin * out_stride[0] * out_bytes, out_stride[0], 0, out_stride[1])
+        for begin in begins
+    ]
+    head_stride, lse_bytes = lse.stride(0), lse.element_size()
+    params.lse = [_C.Buffer(lse.data_ptr() + begin * lse_bytes, 1, 0, head_stride) for begin in begins]
     params.scale = scale
     if seed is not None:
         params.dropout_p = dropout_p
