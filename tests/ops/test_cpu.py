@@ -43,7 +43,8 @@ def test_error_of_any_case(data, isa, threads):
     draw = data.draw
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     case = Case(
-        draw(st.integers(0, 400)),
+        # Of few tokens in less than float32, eager may be exact by chance.
+        draw(st.integers(0 if dtype.itemsize >= 4 else 24, 400)),
         draw(st.integers(0, 200)),
         draw(st.sampled_from(PATTERNS)),
         draw(st.integers(1, 130)),
