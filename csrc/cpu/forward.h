@@ -16,7 +16,6 @@ class Forward {
   using Scalar = typename M::Scalar;
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
-  static constexpr double kLn2 = 0.6931471805599453;
   static constexpr int64_t kQueries = 96;       // a block: a multiple of the rows of every tile
   static constexpr int64_t kGroup = 12;         // rows whose probabilities stay in the first cache
   static constexpr int64_t kMaxRows = 1536;     // for which keys are packed once
@@ -55,7 +54,8 @@ class Forward {
     // The running maximum is taken before scaling, which holds for positive factors: queries take the sign; and a
     // scale of zero, which would turn the -inf of absent keys into NaN, becomes a tiny one.
     const double magnitude = head.scale < 0 ? -head.scale : head.scale;
-    factor_ = static_cast<Scalar>((magnitude < 1e-30 ? 1e-30 : magnitude) / kLn2);
+    scale_ = magnitude < 1e-30 ? 1e-30 : magnitude;
+    factor_ = static_cast<Scalar>(scale_ * 1.4426950408889634);
     for (int64_t i = 0; i < count * width_; i += kLanes) M::store(out_ + i, M::zero());
     for (int64_t i = 0; i < count * kLanes; i += kLanes) {
       M::store(sums_ + i, M::zero());
@@ -183,12 +183,12 @@ class Forward {
     });
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vector before = M::load(shift_ + state + i);
-      Vector shift = M::max(before, M::load(maximum + i) * factor_);
+      Vector shift = M::max(before, M::load(maximum + i));
       M::store(shift_ + state + i, shift);
       // Scores may all be -inf so far.
       shift = shift == M::broadcast(-INFINITY) ? M::zero() : shift;
       M::store(maximum + i, shift);
-      M::store(rescale + i, exp2<5>(before - shift));
+      M::store(rescale + i, exp2<5>((before - shift) * factor_));
     }
     for (int64_t i = 0; i < count; i += kGroup) {
       const int64_t rows = smaller(kGroup, count - i);
@@ -237,14 +237,15 @@ class Forward {
   // Turns scores into items of operand A, in place.
   template <bool kDropout>
   LUKE_INLINE void exponentiate(Scalar* row, int64_t slots, Scalar shift, Totals& totals) {
-    const Vector factor = M::broadcast(factor_);
+    // Not score * factor - shift, which without fused multiply-adds rounds large scores once more.
+    const Vector maximum = M::broadcast(shift), factor = M::broadcast(factor_);
     const int32_t threshold = threshold_;
     Item* items = reinterpret_cast<Item*>(row);
     Vector sum = totals.sum, weight = totals.weight;
     for (int64_t slot = 0; slot < slots; slot += 2 * kLanes) {
-      Vector a = exp2<M::kDegree>(M::load(row + slot) * factor - shift), b = M::zero();
+      Vector a = exp2<M::kDegree>((M::load(row + slot) - maximum) * factor), b = M::zero();
       const bool both = slot + kLanes < slots;
-      if (both) b = exp2<M::kDegree>(M::load(row + slot + kLanes) * factor - shift);
+      if (both) b = exp2<M::kDegree>((M::load(row + slot + kLanes) - maximum) * factor);
       sum += a + b;
       if constexpr (M::kDepth == 2) weight = M::add_items(weight, a, b);
       if (kDropout) {
@@ -276,7 +277,7 @@ class Forward {
       Scalar* lse = static_cast<Scalar*>(tokens.lse) + rank;
       const Scalar* shift = shift_ + state;
       for (int64_t i = 0; i < n; ++i) {
-        lse[i] = static_cast<Scalar>(shift[place + i] * kLn2 + std::log(static_cast<double>(sum[place + i])));
+        lse[i] = static_cast<Scalar>(shift[place + i] * scale_ + std::log(static_cast<double>(sum[place + i])));
         const Vector factor = M::broadcast(kept / weight[place + i]);
         const Scalar* from = out_ + (state + place + i) * width_;
         In* to = row_of_output<In>(tokens.out, rank + i);
@@ -294,11 +295,12 @@ class Forward {
   Scalar* const maxima_;
   int32_t* const draws_;
   Scalar* const out_;
-  Scalar* const shift_;  // the maxima, to base 2
+  Scalar* const shift_;  // the maxima, before scaling
   Scalar* const sums_;
   Scalar* const weights_;
   Word* queries_[2];
   Ahead ahead_;
+  double scale_ = 0;
   Scalar factor_ = 0;  // of scores, to base 2
   int32_t threshold_ = 0;
 };
