@@ -172,7 +172,8 @@ def test_auto_takes_the_fastest(monkeypatch):
         entity_aware_attention(WORDS, dropout_p=dropout_p)
         return taken[0]
 
-    assert chosen(0.0) == "sdpa"
+    # Our kernels, but for those that any machine runs: without dropout torch's are faster.
+    assert chosen(0.0) == ("sdpa" if backends._CPU_ISA == "portable" else "cpu")
     assert chosen(0.1) == "cpu"
 
 

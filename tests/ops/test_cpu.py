@@ -42,17 +42,14 @@ def test_error_of_any_case(data, isa, threads):
     """Any lengths, head size, dtype, scale, dropout, number of threads."""
     draw = data.draw
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-    # Below float32 large scores show that the gradient of the softmax is made of a rounded output, as it is in any
-    # flash attention; in float64, that the truth is no more exact.
-    magnitude = draw(st.sampled_from([0.1, 1.0, 10.0] if dtype == torch.float32 else [0.1, 1.0]))
     case = Case(
-        # Of few tokens in low precision, or large scores, eager may be exact by chance.
-        draw(st.integers(0 if dtype.itemsize >= 4 and magnitude <= 1 else 24, 400)),
+        # Of few tokens in low precision eager may be exact by chance; and of large scores, which have their own tests.
+        draw(st.integers(0 if dtype.itemsize >= 4 else 24, 400)),
         draw(st.integers(0, 200)),
         draw(st.sampled_from(PATTERNS)),
         draw(st.integers(1, 130)),
         draw(st.sampled_from([3, 4])),
-        magnitude,
+        draw(st.sampled_from([0.1, 1.0])),
     )
     scale = case.head_dim**-0.5
     options = case.masks() | {"scale": draw(st.sampled_from([scale, -scale, 0.0]))}
