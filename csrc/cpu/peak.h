@@ -11,7 +11,7 @@ namespace luke_kernels::LUKE_ISA {
 #elif defined(__aarch64__)
 #define LUKE_OPAQUE(vector) asm volatile("" : "+w"(vector))
 #else
-#define LUKE_OPAQUE(vector) static_cast<void>(0)
+#define LUKE_OPAQUE(vector) asm volatile("" : "+m"(vector))
 #endif
 
 // Does nothing but what a product does, on registers: as many independent sums as a tile has. Returns the operations.

@@ -173,6 +173,7 @@ def test_report_ratio_is_the_quotient_of_the_medians(found, tmp_path):
     plain = rows["2x9x3", "forward", "sdpa_plain"]
     ratio = plain["median_ms"] / ours["median_ms"]
     assert report.share(ours, plain) == f"{ours['fraction_of_peak']:.1%} ({ratio:.2f}x)"
+    assert report.share(ours | {"fma_peak_tflops": None}, plain) == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
