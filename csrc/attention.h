@@ -23,8 +23,8 @@ struct Buffer {
 
 // The sequences of one kind: sequence b holds tokens [offsets[b], offsets[b] + lengths[b]) of that kind's buffers.
 struct Segments {
-  const int32_t* offsets = nullptr;
-  const int32_t* lengths = nullptr;
+  const int32_t* offsets = nullptr;  // null: sequence b begins at b * max_length
+  const int32_t* lengths = nullptr;  // null: each has max_length tokens
   int64_t num_tokens = 0;
   int64_t max_length = 0;
 };

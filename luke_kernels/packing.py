@@ -73,6 +73,7 @@ class PackedLengths:
             self.cu_words.diff(),
             self.cu_entities[:-1],
             self.cu_entities.diff(),
+            self.batch_size,
             self.max_words,
             self.max_entities,
             covers_rows=True,

@@ -27,9 +27,10 @@ struct Range {
 // Lengths and offsets beyond the buffers are cut off: a wrong one may give wrong numbers, never a wild access.
 Range sequence(const AttentionParams& params, Kind kind, int64_t b) {
   const Segments& segments = params.segments[kind];
-  const int64_t begin = std::clamp<int64_t>(segments.offsets[b], 0, segments.num_tokens);
-  const int64_t longest = std::min(segments.max_length, segments.num_tokens - begin);
-  return {kind, begin, std::clamp<int64_t>(segments.lengths[b], 0, longest)};
+  const int64_t offset = segments.offsets ? segments.offsets[b] : b * segments.max_length;
+  const int64_t length = segments.lengths ? segments.lengths[b] : segments.max_length;
+  const int64_t begin = std::clamp<int64_t>(offset, 0, segments.num_tokens);
+  return {kind, begin, std::clamp<int64_t>(length, 0, std::min(segments.max_length, segments.num_tokens - begin))};
 }
 
 int64_t rows_of(const AttentionParams& params, int64_t b) {

@@ -59,8 +59,6 @@ def entity_aware_attention(
     Source: Yamada et al. 2020, "LUKE", section 3.2 (entity-aware self-attention).
     """
     _check_stacks(words, entities, ("B", "W"), ("B", "E"))
-    batch, num_words = words.shape[:2]
-    num_entities = 0 if entities is None else entities.shape[1]
     _check_presence("word", words, word_mask, word_lengths)
     _check_presence("entity", entities, entity_mask, entity_lengths)
     words, entities = _autocast(words), None if entities is None else _autocast(entities)
@@ -68,23 +66,21 @@ def entity_aware_attention(
 
     word_order = None if word_mask is None else _Order(word_mask)
     entity_order = None if entity_mask is None else _Order(entity_mask)
-    flat_words, word_offsets, word_lengths = _flatten(words, word_order, word_lengths)
-    flat_entities = entity_offsets = None
+    flat_words, word_lengths = _flatten(words, word_order, word_lengths)
+    flat_entities = None
     if entities is not None:
-        flat_entities, entity_offsets, entity_lengths = _flatten(entities, entity_order, entity_lengths)
-    covers_rows = word_lengths is None and entity_lengths is None
-    out_words, out_entities = library.attention(
-        flat_words,
-        flat_entities,
-        word_offsets,
-        _full(batch, num_words, words.device) if word_lengths is None else word_lengths,
-        entity_offsets,
-        _full(batch, num_entities, words.device) if entities is not None and entity_lengths is None else entity_lengths,
-        num_words,
-        num_entities,
-        covers_rows,
-        *options,
+        flat_entities, entity_lengths = _flatten(entities, entity_order, entity_lengths)
+    layout = Layout(
+        None,
+        word_lengths,
+        None,
+        entity_lengths,
+        batch_size=words.shape[0],
+        max_words=words.shape[1],
+        max_entities=0 if entities is None else entities.shape[1],
+        covers_rows=word_lengths is None and entity_lengths is None,
     )
+    out_words, out_entities = library.attention(flat_words, flat_entities, *layout, *options)
     return (
         _unflatten(out_words, word_order, words.shape),
         None if entities is None else _unflatten(out_entities, entity_order, entities.shape),
@@ -131,17 +127,18 @@ def entity_aware_attention_varlen(
         raise ValueError(f"cu_entities must have the length of cu_words, {batch + 1}, got {described(cu_entities)}")
     words, entities = _autocast(words), None if entities is None else _autocast(entities)
     options = _check_options(words, scale, dropout_p, seed, backend)
-    return library.attention(
-        words,
-        entities,
-        *(cu_words[:-1], cu_words.diff()),
-        *((None, None) if cu_entities is None else (cu_entities[:-1], cu_entities.diff())),
+    layout = Layout(
+        cu_words[:-1],
+        cu_words.diff(),
+        None if cu_entities is None else cu_entities[:-1],
+        None if cu_entities is None else cu_entities.diff(),
+        batch,
         max_words,
         max_entities,
         # Where the values cannot be checked, they may leave rows out.
-        readable(cu_words) and (cu_entities is None or readable(cu_entities)),
-        *options,
+        covers_rows=readable(cu_words) and (cu_entities is None or readable(cu_entities)),
     )
+    return library.attention(words, entities, *layout, *options)
 
 
 def attend_joint(words: Tensor, entities: Tensor | None, layout: Layout, dropout_p: float, backend: str) -> Tensor:
@@ -151,17 +148,10 @@ def attend_joint(words: Tensor, entities: Tensor | None, layout: Layout, dropout
         out (Tw + Te, H, D).
     """
     words, entities = _autocast(words), None if entities is None else _autocast(entities)
-    offsets = layout[:4] if entities is not None else (*layout[:2], None, None)
-    return library.attention(
-        words,
-        entities,
-        *offsets,
-        layout.max_words,
-        0 if entities is None else layout.max_entities,
-        layout.covers_rows,
-        *_check_options(words, None, dropout_p, None, backend),
-        split=False,
-    )
+    if entities is None:
+        layout = layout._replace(entity_offsets=None, entity_lengths=None, max_entities=0)
+    options = _check_options(words, None, dropout_p, None, backend)
+    return library.attention(words, entities, *layout, *options, split=False)
 
 
 def attention_with_probabilities(
@@ -264,14 +254,12 @@ class _Order:
         self.lengths = mask.sum(dim=1, dtype=torch.int32)
 
 
-def _flatten(tokens: Tensor, order: _Order | None, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Turn a padded batch into a flat buffer, the offsets and the lengths of its sequences (None: all of it)."""
-    batch, length = tokens.shape[:2]
+def _flatten(tokens: Tensor, order: _Order | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Turn a padded batch into a flat buffer and the lengths of its sequences (None: all of it)."""
     flat = tokens.flatten(0, 1)
-    offsets = torch.arange(batch, dtype=torch.int32, device=tokens.device) * length
     if order is None:
-        return flat, offsets, None if lengths is None else lengths.to(torch.int32)
-    return flat.index_select(0, order.rows), offsets, order.lengths
+        return flat, None if lengths is None else lengths.to(torch.int32)
+    return flat.index_select(0, order.rows), order.lengths
 
 
 def _unflatten(out: Tensor, order: _Order | None, shape: torch.Size) -> Tensor:
@@ -298,10 +286,6 @@ def _exists(tokens: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tens
     if lengths is None:
         return torch.ones_like(ranks, dtype=torch.bool).expand(tokens.shape[:2])
     return ranks < lengths[:, None]
-
-
-def _full(batch: int, length: int, device: torch.device) -> Tensor:
-    return torch.full((batch,), length, dtype=torch.int32, device=device)
 
 
 def described(value: Any) -> str:

@@ -32,35 +32,53 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Sequence b holds words[word_offsets[b]:][:word_lengths[b]] and the entities likewise; all int32 (B,).
+    """Sequence b holds words[word_offsets[b]:][:word_lengths[b]] and the entities likewise; all int32 (B,) or None.
 
+    Without offsets, sequence b begins at row b * max_words; without lengths, each has max_words tokens. Otherwise
     `max_words` and `max_entities` bound the lengths. `covers_rows` promises that every row of both buffers is in a
-    sequence, so that outputs need no zero fill.
+    sequence, so that outputs need no zero fill. The fields stand as in the schema of the op.
     """
 
-    word_offsets: Tensor
-    word_lengths: Tensor
-    entity_offsets: Tensor
-    entity_lengths: Tensor
+    word_offsets: Tensor | None
+    word_lengths: Tensor | None
+    entity_offsets: Tensor | None
+    entity_lengths: Tensor | None
+    batch_size: int
     max_words: int
     max_entities: int
     covers_rows: bool
 
-    @property
-    def batch_size(self) -> int:
-        return self.word_lengths.shape[0]
+    def materialised(self, device: torch.device) -> "Layout":
+        """Return the same with the offsets and lengths made that are None."""
+
+        def offsets(given: Tensor | None, pitch: int) -> Tensor:
+            return torch.arange(self.batch_size, dtype=torch.int32, device=device) * pitch if given is None else given
+
+        def lengths(given: Tensor | None, length: int) -> Tensor:
+            return torch.full((self.batch_size,), length, dtype=torch.int32, device=device) if given is None else given
+
+        return self._replace(
+            word_offsets=offsets(self.word_offsets, self.max_words),
+            word_lengths=lengths(self.word_lengths, self.max_words),
+            entity_offsets=offsets(self.entity_offsets, self.max_entities),
+            entity_lengths=lengths(self.entity_lengths, self.max_entities),
+        )
 
     def groups(self, num_words: int, num_entities: int) -> Iterator[Group]:
-        """Yield the batch as one group where it is regular, else a sequence at a time. Reads the lengths (a sync).
+        """Yield the batch as one group where it is regular, else a sequence at a time. Reads what is given (a sync).
 
         Lengths are cut to their bounds and to buffers of `num_words` and `num_entities` tokens: where values could not
         be checked before, a wrong one must not reach into other sequences.
         """
-        offsets, lengths = _read(self.word_offsets, self.word_lengths, num_words, self.max_words)
+        batch, max_words, max_entities = self.batch_size, self.max_words, self.max_entities
+        fits = batch * max_words <= num_words and batch * max_entities <= num_entities
+        if fits and all(tensor is None for tensor in self[:4]):
+            yield Group(range(batch), 0, max_words, max_words, 0, max_entities, max_entities)
+            return
+        offsets, lengths = _read(self.word_offsets, self.word_lengths, batch, num_words, max_words)
         entity_offsets, entity_lengths = _read(
-            self.entity_offsets, self.entity_lengths, num_entities, self.max_entities
+            self.entity_offsets, self.entity_lengths, batch, num_entities, max_entities
         )
-        batch = len(offsets)
         pitch = offsets[1] - offsets[0] if batch > 1 else 0
         entity_pitch = entity_offsets[1] - entity_offsets[0] if batch > 1 else 0
         first = Group(
@@ -77,10 +95,14 @@ class Layout(NamedTuple):
             yield Group(range(b, b + 1), offsets[b], 0, lengths[b], entity_offsets[b], 0, entity_lengths[b])
 
 
-def _read(offsets: Tensor, lengths: Tensor, num_tokens: int, max_length: int) -> tuple[list[int], list[int]]:
-    starts = [min(max(offset, 0), num_tokens) for offset in offsets.tolist()]
+def _read(
+    offsets: Tensor | None, lengths: Tensor | None, batch: int, num_tokens: int, max_length: int
+) -> tuple[list[int], list[int]]:
+    places = [b * max_length for b in range(batch)] if offsets is None else offsets.tolist()
+    numbers = [max_length] * batch if lengths is None else lengths.tolist()
+    starts = [min(max(offset, 0), num_tokens) for offset in places]
     longest = [min(max_length, num_tokens - start) for start in starts]
-    return starts, [min(max(n, 0), most) for n, most in zip(lengths.tolist(), longest, strict=True)]
+    return starts, [min(max(n, 0), most) for n, most in zip(numbers, longest, strict=True)]
 
 
 def _first(offsets: list[int], pitch: int, lengths: list[int]) -> tuple[int, int, int]:

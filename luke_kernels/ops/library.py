@@ -12,7 +12,7 @@ from luke_kernels.ops.layout import Layout, accumulator_dtype
 
 NAMESPACE = "luke_kernels"
 _LAYOUT = (
-    "Tensor word_offsets, Tensor word_lengths, Tensor? entity_offsets, Tensor? entity_lengths, "
+    "Tensor? word_offsets, Tensor? word_lengths, Tensor? entity_offsets, Tensor? entity_lengths, SymInt batch_size, "
     "SymInt max_words, SymInt max_entities, bool covers_rows, float scale, float dropout_p, Tensor? seed, str backend"
 )
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -63,15 +63,13 @@ def _normalised(words, entities, arguments):
 
     Absent entities become an empty buffer; projections have unit stride in D, offsets and lengths no gaps.
     """
-    *layout, max_words, max_entities, covers_rows, scale, dropout_p, seed, backend = arguments
-    if entities is None:
-        entities = words.new_empty((0, *words.shape[1:]))
-        layout[2] = layout[3] = torch.zeros_like(layout[1])
+    *layout, scale, dropout_p, seed, backend = arguments
+    words = _unit_stride(words)
     return (
         _backend(backend),
-        _unit_stride(words),
-        _unit_stride(entities),
-        Layout(*(t.contiguous() for t in layout), max_words, max_entities, covers_rows),
+        words,
+        words[:0] if entities is None else _unit_stride(entities),
+        Layout(*(None if t is None else t.contiguous() for t in layout[:4]), *layout[4:]),
         (scale, dropout_p, seed if dropout_p > 0 else None),
     )
 
@@ -85,7 +83,8 @@ def _forward(words, entities, *arguments):
 def _backward(dout_words, dout_entities, out, lse, words, entities, *arguments):
     module, words, entities, layout, options = _normalised(words, entities, arguments)
     if dout_entities is None:
-        dout_entities = dout_words.new_zeros((entities.shape[0], *dout_words.shape[1:]))
+        absent = (entities.shape[0], *dout_words.shape[1:])
+        dout_entities = dout_words.new_zeros(absent) if entities.shape[0] else dout_words[:0]
     douts = _unit_stride(dout_words), _unit_stride(dout_entities)
     with _no_autocast(words):
         return module.backward(*douts, out.contiguous(), lse.contiguous(), words, entities, layout, *options)

@@ -106,8 +106,7 @@ def test_threads_change_no_bit(threads, dtype):
 @pytest.mark.parametrize("words", [200, 1700])
 def test_few_heads_are_shared_out(threads, words, dtype):
     """One sequence of one head: rows and keys go to many threads, the backward in two halves, and no bit changes."""
-    layout = Layout(*map(torch.tensor, ([0], [words], [0], [70])), words, 70, True)
-    layout = layout._replace(**{name: getattr(layout, name).int() for name in layout._fields[:4]})
+    layout = Layout(None, None, None, None, 1, words, 70, True)
     inputs = torch.randn(words, 4, 1, 40, dtype=dtype), torch.randn(70, 4, 1, 40, dtype=dtype)
     douts = torch.randn(words, 1, 40, dtype=dtype), torch.randn(70, 1, 40, dtype=dtype)
     options = (layout, 0.2, 0.1, torch.tensor([3, 4]))
@@ -174,8 +173,7 @@ def test_a_forked_child_runs_and_does_not_hang(threads):
 def test_scratch_grows_with_the_longest_sequence_only():
     def scratch_bytes(tokens: int, sequences: int) -> int:
         words, entities = torch.zeros(tokens * sequences, 4, 12, 64), torch.zeros(0, 4, 12, 64)
-        lengths, none = torch.full((sequences,), tokens, dtype=torch.int32), torch.zeros(sequences, dtype=torch.int32)
-        layout = Layout(torch.arange(sequences, dtype=torch.int32) * tokens, lengths, none, none, tokens, 0, True)
+        layout = Layout(None, None, None, None, sequences, tokens, 0, True)
         params = cpu.parameters(words, entities, layout, 1.0, 0.0, None, *empty_outputs(words, entities, True))
         params.num_threads = 2
         return cpu._C.attention_scratch_bytes_cpu(params)

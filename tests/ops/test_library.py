@@ -14,18 +14,23 @@ from luke_kernels import entity_aware_attention, entity_aware_attention_varlen
 BACKENDS = ["reference", "sdpa", "cpu"]
 
 
-def _arguments(backend: str, entities: bool, covers_rows: bool, dropout_p: float, dtype=torch.float32) -> tuple:
+def _arguments(backend: str, entities: bool, covers_rows: bool | None, dropout_p: float, dtype=torch.float32) -> tuple:
+    """Return arguments of the op; `covers_rows` None: a regular batch, without offsets and lengths."""
     words = torch.randn(12, 4, 2, 8, dtype=dtype, requires_grad=True)
     offsets, lengths = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([5, 7 if covers_rows else 3]).int()
     other = torch.randn(6, 4, 2, 8, dtype=dtype, requires_grad=True) if entities else None
     places = (torch.tensor([0, 2]).int(), torch.tensor([2, 4]).int()) if entities else (None, None)
     seed = torch.tensor([1, 2]) if dropout_p else None
-    return words, other, offsets, lengths, *places, 7, 4 if entities else 0, covers_rows, 0.3, dropout_p, seed, backend
+    if covers_rows is None:
+        layout = None, None, None, None, 2, 6, 3 if entities else 0, True
+    else:
+        layout = offsets, lengths, *places, 2, 7, 4 if entities else 0, covers_rows
+    return words, other, *layout, 0.3, dropout_p, seed, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entities", [True, False])
-@pytest.mark.parametrize("covers_rows", [True, False])
+@pytest.mark.parametrize("covers_rows", [True, False, None])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(backend, entities, covers_rows, dropout_p):
     arguments = _arguments(backend, entities, covers_rows, dropout_p)
@@ -65,6 +70,10 @@ def _padded(words, entities, word_lengths, backend):
     return entity_aware_attention(words, entities, word_lengths=word_lengths, backend=backend)
 
 
+def _dense(words, entities, backend):
+    return entity_aware_attention(words, entities, backend=backend)
+
+
 def _packed(words, entities, cu_words, cu_entities, backend):
     return entity_aware_attention_varlen(words, entities, cu_words, cu_entities, 64, 64, backend=backend)
 
@@ -75,6 +84,10 @@ def _padded_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor,
         torch.randn(batch, entities, 4, 2, 8, requires_grad=True),
         torch.randint(1, words, (batch,), dtype=torch.int32),
     )
+
+
+def _dense_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor, ...]:
+    return _padded_inputs(batch, words, entities)[:2]
 
 
 def _packed_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor, ...]:
@@ -92,6 +105,8 @@ def _packed_inputs(batch: int, words: int, entities: int) -> tuple[torch.Tensor,
         (_padded, _padded_inputs, "auto", "inductor"),
         (_padded, _padded_inputs, "sdpa", "aot_eager"),
         (_padded, _padded_inputs, "cpu", "aot_eager"),
+        (_dense, _dense_inputs, "cpu", "aot_eager"),
+        (_dense, _dense_inputs, "reference", "aot_eager"),
         (_packed, _packed_inputs, "cpu", "aot_eager"),
         pytest.param(_padded, _padded_inputs, "triton", "aot_eager", marks=INTERPRETED),
     ],
@@ -128,22 +143,24 @@ class _Module(torch.nn.Module):
         super().__init__()
         self.backend = backend
 
-    def forward(self, words, entities, word_mask):
+    def forward(self, words, entities, word_mask=None):
         return entity_aware_attention(words, entities, word_mask=word_mask, backend=self.backend)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "cpu"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict, backend):
+@pytest.mark.parametrize("masked", [True, False])
+def test_export(strict, backend, masked):
     batch, num_words, num_entities = (torch.export.Dim(name, min=2, max=4096) for name in ("B", "W", "E"))
+    given = 3 if masked else 2
     words, entities = torch.randn(2, 6, 4, 2, 8), torch.randn(2, 3, 4, 2, 8)
     program = torch.export.export(
         _Module(backend),
-        (words, entities, torch.rand(2, 6) < 0.7),
-        dynamic_shapes=({0: batch, 1: num_words}, {0: batch, 1: num_entities}, {0: batch, 1: num_words}),
+        (words, entities, torch.rand(2, 6) < 0.7)[:given],
+        dynamic_shapes=({0: batch, 1: num_words}, {0: batch, 1: num_entities}, {0: batch, 1: num_words})[:given],
         strict=strict,
     )
-    inputs = torch.randn(3, 11, 4, 2, 8), torch.randn(3, 7, 4, 2, 8), torch.rand(3, 11) < 0.7
+    inputs = (torch.randn(3, 11, 4, 2, 8), torch.randn(3, 7, 4, 2, 8), torch.rand(3, 11) < 0.7)[:given]
     for a, b in zip(program.module()(*inputs), _Module(backend)(*inputs), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -195,7 +212,8 @@ def test_fake_tensors():
     words, lengths = torch.randn(2, 5, 4, 2, 8), torch.tensor([5, 2], dtype=torch.int32)
     with FakeTensorMode() as mode:
         out, _ = entity_aware_attention(mode.from_tensor(words), word_lengths=mode.from_tensor(lengths))
-    assert out.shape == (2, 5, 2, 8)
+        dense, _ = entity_aware_attention(mode.from_tensor(words))
+    assert out.shape == dense.shape == (2, 5, 2, 8)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=INTERPRETED)])
@@ -206,7 +224,7 @@ def test_wrong_lengths_reach_into_nothing(backend):
 
     def run(offsets: list[int], lengths: list[int]) -> tuple[torch.Tensor, ...]:
         places = torch.tensor(offsets, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
-        arguments = words, None, *places, None, None, 6, 0, False, 0.3, 0.0, None, backend
+        arguments = words, None, *places, None, None, len(offsets), 6, 0, False, 0.3, 0.0, None, backend
         out, lse = torch.ops.luke_kernels.attention_forward(*arguments)
         return out, lse, *torch.ops.luke_kernels.attention_backward(douts, None, out, lse, *arguments)
 

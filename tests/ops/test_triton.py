@@ -43,14 +43,13 @@ def packed(words, entities):
     """Return the layout of sequences that lie one after the other."""
     offsets = [torch.tensor([0, *lengths[:-1]]).cumsum(0) for lengths in (words, entities)]
     tensors = (offsets[0], torch.tensor(words), offsets[1], torch.tensor(entities))
-    return Layout(*(t.to(DEVICE, torch.int32) for t in tensors), max(words), max(entities), True)
+    return Layout(*(t.to(DEVICE, torch.int32) for t in tensors), len(words), max(words), max(entities), True)
 
 
 def padded(words, entities, pitch_w, pitch_e):
     """Return the layout of right-padded sequences."""
-    steps = torch.arange(len(words))
-    tensors = (steps * pitch_w, torch.tensor(words), steps * pitch_e, torch.tensor(entities))
-    return Layout(*(t.to(DEVICE, torch.int32) for t in tensors), pitch_w, pitch_e, False)
+    word_lengths, entity_lengths = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in (words, entities))
+    return Layout(None, word_lengths, None, entity_lengths, len(words), pitch_w, pitch_e, False)
 
 
 def draw(num_words, num_entities, stack=4, heads=2, head_dim=16, generator_seed=0):

@@ -59,9 +59,9 @@ def parameters(
     params.batch_size = layout.batch_size
     params.stack, params.num_heads, params.head_dim = words.shape[1:]
     params.segments = [
-        _C.Segments(layout.word_offsets.data_ptr(), layout.word_lengths.data_ptr(), num_words, layout.max_words),
+        _C.Segments(_address(layout.word_offsets), _address(layout.word_lengths), num_words, layout.max_words),
         _C.Segments(
-            layout.entity_offsets.data_ptr(), layout.entity_lengths.data_ptr(), entities.shape[0], layout.max_entities
+            _address(layout.entity_offsets), _address(layout.entity_lengths), entities.shape[0], layout.max_entities
         ),
     ]
     params.projections = [_buffer(words), _buffer(entities)]
@@ -80,6 +80,10 @@ def parameters(
         params.seed, params.offset = (value & 0xFFFFFFFFFFFFFFFF for value in seed.tolist())
     params.num_threads = torch.get_num_threads()
     return params
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _buffer(tensor: Tensor) -> "_C.Buffer":

@@ -431,7 +431,8 @@ def _grid(layout: Layout, words: Tensor, block: int) -> tuple[int, int]:
 def _shared(words: Tensor, entities: Tensor, layout: Layout, dropout_p: float, seed: Tensor | None) -> tuple:
     """Return the arguments and the compile-time constants that all kernels share."""
     stack, _, head_dim = words.shape[1:]
-    arguments = {name: getattr(layout, name).contiguous() for name in layout._fields[:4]}
+    made = layout.materialised(words.device)
+    arguments = {name: getattr(made, name).contiguous() for name in layout._fields[:4]}
     for kind, buffer in (("w", words), ("e", entities)):
         arguments |= {f"stride_{kind}{axis}": stride for axis, stride in zip("tsh", buffer.stride()[:3], strict=True)}
     arguments |= {
