@@ -13,6 +13,9 @@ from luke_kernels.ops import backends, library, reference
 from luke_kernels.ops.dropout import draw_seed
 from luke_kernels.ops.layout import Layout
 
+# The common ones first: to look through abstract classes takes longer than all other checks of a number.
+_NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
+
 
 def entity_aware_attention(
     words: Tensor,
@@ -82,8 +85,8 @@ def entity_aware_attention(
     )
     out_words, out_entities = library.attention(flat_words, flat_entities, *layout, *options)
     return (
-        _unflatten(out_words, word_order, words.shape),
-        None if entities is None else _unflatten(out_entities, entity_order, entities.shape),
+        _unflatten(out_words, word_order, layout.batch_size, layout.max_words),
+        None if entities is None else _unflatten(out_entities, entity_order, layout.batch_size, layout.max_entities),
     )
 
 
@@ -262,11 +265,11 @@ def _flatten(tokens: Tensor, order: _Order | None, lengths: Tensor | None) -> tu
     return flat.index_select(0, order.rows), order.lengths
 
 
-def _unflatten(out: Tensor, order: _Order | None, shape: torch.Size) -> Tensor:
+def _unflatten(out: Tensor, order: _Order | None, batch: int, length: int) -> Tensor:
     if order is not None:
         out = out.index_select(0, order.inverse)
     # Not unflatten: Dynamo of torch 2.11 cannot trace it where a default device is set.
-    return out.reshape(*shape[:2], *out.shape[1:])
+    return out.reshape(batch, length, *out.shape[1:])
 
 
 def _autocast(tokens: Tensor) -> Tensor:
@@ -306,14 +309,15 @@ def _check_stacks(
             return
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != len(dims) + 3:
-            raise ValueError(f"{name} must be ({', '.join(dims)}, 4 or 3, H, D), got {tuple(tensor.shape)}")
-        if tensor.shape[-3] not in (3, 4):
-            raise ValueError(f"{name} must stack 4 or 3 projections in dimension -3, got {tensor.shape[-3]}")
+        shape = tensor.shape
+        if len(shape) != len(dims) + 3:
+            raise ValueError(f"{name} must be ({', '.join(dims)}, 4 or 3, H, D), got {tuple(shape)}")
+        if shape[-3] not in (3, 4):
+            raise ValueError(f"{name} must stack 4 or 3 projections in dimension -3, got {shape[-3]}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.shape[-2] == 0 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one head and head_dim 1, got {tuple(tensor.shape)}")
+        if shape[-2] == 0 or shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one head and head_dim 1, got {tuple(shape)}")
     assert entities is not None
     if words.dim() == 5 and entities.shape[0] != words.shape[0]:
         raise ValueError(f"entities must have the batch size of words, {words.shape[0]}, got {entities.shape[0]}")
@@ -397,7 +401,7 @@ def check_dropout(name: str, dropout_p: float) -> None:
 
 def _check_number(name: str, value: float) -> None:
     # A tensor would lose its gradient.
-    if not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+    if not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 

@@ -42,7 +42,7 @@ def attention(words, entities, *arguments, split=True):
         return out
     if entities is None:
         return out, None
-    return out.split([words.shape[0], entities.shape[0]])
+    return out.split_with_sizes([words.shape[0], entities.shape[0]])
 
 
 def _differentiates(words, entities):
@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
         out, lse = _below_autograd(words, entities, *arguments)
         if split:
             # Views: the backward reads `out`, so autograd must see who writes into its parts.
-            parts = out.split([words.shape[0], out.shape[0] - words.shape[0]])
+            parts = out.split_with_sizes([words.shape[0], out.shape[0] - words.shape[0]])
             return *parts, out, lse
         return out, lse
 
