@@ -38,8 +38,9 @@ struct AttentionParams {
   std::array<Segments, kKinds> segments;
 
   std::array<Buffer, kKinds> projections;
-  std::array<Buffer, kKinds> out;
-  std::array<Buffer, kKinds> lse;  // (head, token), in the accumulator's dtype: no slot, no d
+  // All words, then all entities.
+  Buffer out;
+  Buffer lse;  // (head, token), in the accumulator's dtype: no slot, no d
 
   // Backward only.
   std::array<Buffer, kKinds> dout;
@@ -51,6 +52,7 @@ struct AttentionParams {
   uint64_t offset = 0;
   int num_threads = 1;
 
+  int64_t joint_begin(Kind kind) const { return kind == kWord ? 0 : segments[kWord].num_tokens; }
   int64_t query_slot(Kind key_kind) const { return key_kind == kWord ? 0 : stack - 3; }
   int64_t key_slot() const { return stack - 2; }
   int64_t value_slot() const { return stack - 1; }
@@ -70,6 +72,7 @@ void set_cpu_isa(const char* name);
 // sequence.
 size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 
+// Rows that no sequence holds get zeros, their lse infinity.
 void attention_forward_cpu(const AttentionParams& params);
 void attention_backward_cpu(const AttentionParams& params);
 

@@ -2,10 +2,62 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "attention.h"
 
 namespace py = pybind11;
 namespace lk = luke_kernels;
+
+namespace {
+
+// Plain tuples: objects of their own would cost as much as the attention of a few tokens.
+using Buffer = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;      // address; strides of tokens, slots, heads
+using Segments = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // offsets, lengths; num_tokens, max_length
+template <class T>
+using Kinds = std::array<T, lk::kKinds>;
+
+lk::Buffer buffer(const Buffer& given) {
+  const auto [data, token_stride, slot_stride, head_stride] = given;
+  return {reinterpret_cast<void*>(data), token_stride, slot_stride, head_stride};
+}
+
+lk::Segments segments(const Segments& given) {
+  const auto [offsets, lengths, num_tokens, max_length] = given;
+  return {reinterpret_cast<const int32_t*>(offsets), reinterpret_cast<const int32_t*>(lengths), num_tokens, max_length};
+}
+
+Kinds<lk::Buffer> buffers(const Kinds<Buffer>& given) { return {buffer(given[0]), buffer(given[1])}; }
+
+lk::AttentionParams attention_params(lk::DType dtype, int64_t batch_size, int64_t stack, int64_t num_heads,
+                                     int64_t head_dim, const Kinds<Segments>& places,
+                                     const Kinds<Buffer>& projections, const Buffer& out, const Buffer& lse,
+                                     double scale, double dropout_p, uint64_t seed, uint64_t offset, int num_threads) {
+  lk::AttentionParams params;
+  params.dtype = dtype;
+  params.batch_size = batch_size;
+  params.stack = stack;
+  params.num_heads = num_heads;
+  params.head_dim = head_dim;
+  params.segments = {segments(places[0]), segments(places[1])};
+  params.projections = buffers(projections);
+  params.out = buffer(out);
+  params.lse = buffer(lse);
+  params.scale = scale;
+  params.dropout_p = dropout_p;
+  params.seed = seed;
+  params.offset = offset;
+  params.num_threads = num_threads;
+  return params;
+}
+
+void attention_backward_cpu(lk::AttentionParams params, const Kinds<Buffer>& dout, const Kinds<Buffer>& dprojections) {
+  params.dout = buffers(dout);
+  params.dprojections = buffers(dprojections);
+  lk::attention_backward_cpu(params);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of luke_kernels in C++.";
@@ -16,35 +68,7 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", lk::DType::kBFloat16)
       .value("float16", lk::DType::kFloat16);
 
-  py::class_<lk::Buffer>(m, "Buffer")
-      .def(py::init([](uintptr_t data, int64_t token_stride, int64_t slot_stride, int64_t head_stride) {
-        return lk::Buffer{reinterpret_cast<void*>(data), token_stride, slot_stride, head_stride};
-      }));
-
-  py::class_<lk::Segments>(m, "Segments")
-      .def(py::init([](uintptr_t offsets, uintptr_t lengths, int64_t num_tokens, int64_t max_length) {
-        return lk::Segments{reinterpret_cast<const int32_t*>(offsets), reinterpret_cast<const int32_t*>(lengths),
-                            num_tokens, max_length};
-      }));
-
-  py::class_<lk::AttentionParams>(m, "AttentionParams")
-      .def(py::init<>())
-      .def_readwrite("dtype", &lk::AttentionParams::dtype)
-      .def_readwrite("batch_size", &lk::AttentionParams::batch_size)
-      .def_readwrite("num_heads", &lk::AttentionParams::num_heads)
-      .def_readwrite("head_dim", &lk::AttentionParams::head_dim)
-      .def_readwrite("stack", &lk::AttentionParams::stack)
-      .def_readwrite("segments", &lk::AttentionParams::segments)
-      .def_readwrite("projections", &lk::AttentionParams::projections)
-      .def_readwrite("out", &lk::AttentionParams::out)
-      .def_readwrite("lse", &lk::AttentionParams::lse)
-      .def_readwrite("dout", &lk::AttentionParams::dout)
-      .def_readwrite("dprojections", &lk::AttentionParams::dprojections)
-      .def_readwrite("scale", &lk::AttentionParams::scale)
-      .def_readwrite("dropout_p", &lk::AttentionParams::dropout_p)
-      .def_readwrite("seed", &lk::AttentionParams::seed)
-      .def_readwrite("offset", &lk::AttentionParams::offset)
-      .def_readwrite("num_threads", &lk::AttentionParams::num_threads);
+  py::class_<lk::AttentionParams>(m, "AttentionParams").def(py::init(&attention_params));
 
   m.def("has_openmp", &lk::has_openmp);
   m.def("cpu_isa", &lk::cpu_isa);
@@ -52,8 +76,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_add_cpu", &lk::multiply_add_cpu, py::arg("dtype"), py::arg("num_threads"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>());
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
-  m.def("attention_forward_cpu", &lk::attention_forward_cpu,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("attention_backward_cpu", &lk::attention_backward_cpu,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("attention_forward_cpu", &lk::attention_forward_cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("attention_backward_cpu", &attention_backward_cpu, py::call_guard<py::gil_scoped_release>());
 }

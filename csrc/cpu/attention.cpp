@@ -1,8 +1,11 @@
-// The operation on the CPU: which thread runs which part of which head. No result depends on the number of threads.
+// The operation on the CPU: which thread runs which part of which head, and fills the rows that no sequence holds. No
+// result depends on the number of threads.
 #include "../attention.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -15,7 +18,15 @@ namespace {
 // Rows, or keys, that pay for packing the keys, or the queries, of their head once more.
 constexpr int64_t kFewestRows = 192;
 
+// Rows that a thread fills at a time: some 2 MB of gradients of 12 heads of 64 in float32.
+constexpr int64_t kPieceRows = 192;
+
 int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+void* address(const Buffer& buffer, int64_t token, int64_t slot, int64_t head, int64_t item_size) {
+  const int64_t element = token * buffer.token_stride + slot * buffer.slot_stride + head * buffer.head_stride;
+  return static_cast<char*>(buffer.data) + element * item_size;
+}
 
 // Tokens [begin, begin + size) of one kind's buffers.
 struct Range {
@@ -47,13 +58,11 @@ Head head_of(const AttentionParams& params, int64_t b, int64_t h) {
     const Range range = sequence(params, kind, b);
     Tokens& tokens = head.tokens[kind];
     tokens.size = range.size;
-    const auto address = [&](const Buffer& buffer, int64_t slot, int64_t size) {
-      const int64_t element = range.begin * buffer.token_stride + slot * buffer.slot_stride + h * buffer.head_stride;
-      return static_cast<void*>(static_cast<char*>(buffer.data) + element * size);
-    };
+    const int64_t joint = params.joint_begin(kind) + range.begin;
     const auto matrix = [&](const std::array<Buffer, kKinds>& buffers, int64_t slot) {
       const Buffer& buffer = buffers[kind];
-      return Matrix{buffer.data ? address(buffer, slot, item_size(params.dtype)) : nullptr, buffer.token_stride};
+      void* data = buffer.data ? address(buffer, range.begin, slot, h, item_size(params.dtype)) : nullptr;
+      return Matrix{data, buffer.token_stride};
     };
     for (Kind key_kind : {kWord, kEntity}) {
       tokens.queries[key_kind] = matrix(params.projections, params.query_slot(key_kind));
@@ -61,8 +70,8 @@ Head head_of(const AttentionParams& params, int64_t b, int64_t h) {
     }
     tokens.keys = matrix(params.projections, params.key_slot());
     tokens.values = matrix(params.projections, params.value_slot());
-    tokens.out = matrix(params.out, 0);
-    tokens.lse = address(params.lse[kind], 0, params.dtype == DType::kFloat64 ? 8 : 4);
+    tokens.out = {address(params.out, joint, 0, h, item_size(params.dtype)), params.out.token_stride};
+    tokens.lse = address(params.lse, joint, 0, h, params.dtype == DType::kFloat64 ? 8 : 4);
     tokens.dout = matrix(params.dout, 0);
     tokens.dkeys = matrix(params.dprojections, params.key_slot());
     tokens.dvalues = matrix(params.dprojections, params.value_slot());
@@ -93,6 +102,50 @@ void for_each_slice(int64_t rows, int64_t wanted, const F& f) {
   const int64_t slices = std::clamp<int64_t>(wanted, 1, (rows + kFewestRows - 1) / kFewestRows);
   const int64_t step = ((rows + slices - 1) / slices + 15) / 16 * 16;
   for (int64_t begin = 0; begin < rows; begin += step) f(Span{begin, std::min(begin + step, rows)});
+}
+
+// Tokens that no sequence holds, in pieces for the threads.
+std::vector<Range> left_over(const AttentionParams& params) {
+  std::vector<Range> pieces;
+  for (Kind kind : {kWord, kEntity}) {
+    std::vector<Range> held;
+    for (int64_t b = 0; b < params.batch_size; ++b) held.push_back(sequence(params, kind, b));
+    std::sort(held.begin(), held.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    held.push_back({kind, params.segments[kind].num_tokens, 0});
+    int64_t end = 0;
+    for (const Range& range : held) {
+      for (int64_t begin = end; begin < range.begin; begin += kPieceRows) {
+        pieces.push_back({kind, begin, std::min(kPieceRows, range.begin - begin)});
+      }
+      end = std::max(end, range.begin + range.size);
+    }
+  }
+  return pieces;
+}
+
+void fill_with_zeros(const Buffer& buffer, int64_t begin, int64_t tokens, int64_t slots, const AttentionParams& params) {
+  const int64_t size = item_size(params.dtype);
+  for (int64_t token = begin; token < begin + tokens; ++token) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      for (int64_t h = 0; h < params.num_heads; ++h) {
+        std::memset(address(buffer, token, slot, h, size), 0, params.head_dim * size);
+      }
+    }
+  }
+}
+
+template <class T>
+void fill_with_infinity(const Buffer& lse, int64_t begin, int64_t tokens, int64_t num_heads) {
+  for (int64_t h = 0; h < num_heads; ++h) {
+    std::fill_n(static_cast<T*>(address(lse, begin, 0, h, sizeof(T))), tokens, std::numeric_limits<T>::infinity());
+  }
+}
+
+void fill_outputs(const AttentionParams& params, const Range& range) {
+  const int64_t begin = params.joint_begin(range.kind) + range.begin;
+  fill_with_zeros(params.out, begin, range.size, 1, params);
+  const auto fill_lse = params.dtype == DType::kFloat64 ? fill_with_infinity<double> : fill_with_infinity<float>;
+  fill_lse(params.lse, begin, range.size, params.num_heads);
 }
 
 int64_t longest(const AttentionParams& params) {
@@ -136,13 +189,17 @@ void attention_forward_cpu(const AttentionParams& params) {
       left -= static_cast<double>(rows) * rows;
     }
   }
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  const auto part_of = [&](const Task& task) { return Part{head_of(params, task.b, task.head), task.rows}; };
+  const std::vector<Range> pieces = left_over(params);
+  const int64_t filled = static_cast<int64_t>(pieces.size()), count = filled + static_cast<int64_t>(tasks.size());
+  const auto part_of = [&](int64_t index) {
+    const Task& task = tasks[index - filled];
+    return Part{head_of(params, task.b, task.head), task.rows};
+  };
   parallel_for(params.num_threads, count, [&](int64_t index, int64_t next) {
+    if (index < filled) return fill_outputs(params, pieces[index]);
     Part following;
-    if (next < count) following = part_of(tasks[next]);
-    isa.forward(params.dtype, part_of(tasks[index]), next < count ? &following : nullptr,
-                thread_scratch(scratch_bytes));
+    if (next < count) following = part_of(next);
+    isa.forward(params.dtype, part_of(index), next < count ? &following : nullptr, thread_scratch(scratch_bytes));
   });
 }
 
@@ -173,8 +230,14 @@ void attention_backward_cpu(const AttentionParams& params) {
       for_each_slice(rows, wanted, [&](Span slice) { tasks.push_back({b, head, all, slice, {true, false}}); });
     }
   }
-  parallel_for(params.num_threads, static_cast<int64_t>(tasks.size()), [&](int64_t index, int64_t) {
-    const Task& task = tasks[index];
+  const std::vector<Range> pieces = left_over(params);
+  const int64_t filled = static_cast<int64_t>(pieces.size()), count = filled + static_cast<int64_t>(tasks.size());
+  parallel_for(params.num_threads, count, [&](int64_t index, int64_t) {
+    if (index < filled) {
+      const Range& range = pieces[index];
+      return fill_with_zeros(params.dprojections[range.kind], range.begin, range.size, params.stack, params);
+    }
+    const Task& task = tasks[index - filled];
     isa.backward(params.dtype, head_of(params, task.b, task.head), task.keys, task.rows, task.gradients,
                  thread_scratch(scratch_bytes));
   });

@@ -119,6 +119,26 @@ def test_few_heads_are_shared_out(threads, words, dtype):
     assert all(map(torch.equal, results[0] * 3, [t for result in results[1:] for t in result]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [1, 3])
+def test_rows_that_no_sequence_holds_are_filled(threads, dtype, number):
+    """Before, between and after sequences in any order; fresh memory holds NaN."""
+    torch.set_num_threads(number)
+    places = ([700, 3, 50, 2**30, 20], [40, 9, 0, 7, 2**30]), ([5, 0, 9, 2, -4], [3, 2, 0, 2, 0])
+    offsets, lengths, entity_offsets, entity_lengths = (torch.tensor(p).int() for kind in places for p in kind)
+    layout = Layout(offsets, lengths, entity_offsets, entity_lengths, 5, 40, 3, covers_rows=False)
+    words, entities = torch.randn(900, 4, 2, 24, dtype=dtype), torch.randn(10, 4, 2, 24, dtype=dtype)
+    held = torch.zeros(910, dtype=torch.bool)
+    for begin, end in ((700, 740), (3, 12), (20, 60), (905, 908), (900, 902), (902, 904)):
+        held[begin:end] = True
+    out, lse = cpu.forward(words, entities, layout, 0.2, 0.0, None)
+    gradients = torch.cat(cpu.backward(out[:900], out[900:], out, lse, words, entities, layout, 0.2, 0.0, None))
+    assert (out[~held] == 0).all()
+    assert (gradients[~held] == 0).all()
+    assert (lse[:, ~held] == torch.inf).all()
+    assert all(tensor.isfinite().all() for tensor in (out[held], gradients[held], lse[:, held]))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_workers_of_a_data_loader(threads):
@@ -170,12 +190,13 @@ def test_a_forked_child_runs_and_does_not_hang(threads):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_scratch_grows_with_the_longest_sequence_only():
+def test_scratch_grows_with_the_longest_sequence_only(threads):
+    torch.set_num_threads(2)
+
     def scratch_bytes(tokens: int, sequences: int) -> int:
         words, entities = torch.zeros(tokens * sequences, 4, 12, 64), torch.zeros(0, 4, 12, 64)
         layout = Layout(None, None, None, None, sequences, tokens, 0, True)
         params = cpu.parameters(words, entities, layout, 1.0, 0.0, None, *empty_outputs(words, entities, True))
-        params.num_threads = 2
         return cpu._C.attention_scratch_bytes_cpu(params)
 
     assert scratch_bytes(16, 1) == scratch_bytes(16, 100) < 2 * 2**21

@@ -17,7 +17,8 @@ DTYPES = {
 def forward(
     words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out, lse = empty_outputs(words, entities, layout.covers_rows)
+    # The core fills the rows that no sequence holds, and only those.
+    out, lse = empty_outputs(words, entities, covers_rows=True)
     _C.attention_forward_cpu(parameters(words, entities, layout, scale, dropout_p, seed, out, lse))
     return out, lse
 
@@ -34,12 +35,13 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    gradients = empty_gradients(words, entities, layout.covers_rows)
-    params = parameters(words, entities, layout, scale, dropout_p, seed, out, lse)
-    params.dout = [_buffer(dout_words[:, None]), _buffer(dout_entities[:, None])]
-    params.dprojections = [_buffer(gradient) for gradient in gradients]
-    _C.attention_backward_cpu(params)
-    return gradients
+    dwords, dentities = empty_gradients(words, entities, covers_rows=True)
+    _C.attention_backward_cpu(
+        parameters(words, entities, layout, scale, dropout_p, seed, out, lse),
+        (_rows(dout_words), _rows(dout_entities)),
+        (_stacks(dwords), _stacks(dentities)),
+    )
+    return dwords, dentities
 
 
 def parameters(
@@ -53,39 +55,40 @@ def parameters(
     lse: Tensor,
 ) -> "_C.AttentionParams":
     """Describe a call to the C++ core. The tensors must outlive its use."""
-    num_words = words.shape[0]
-    params = _C.AttentionParams()
-    params.dtype = DTYPES[words.dtype]
-    params.batch_size = layout.batch_size
-    params.stack, params.num_heads, params.head_dim = words.shape[1:]
-    params.segments = [
-        _C.Segments(_address(layout.word_offsets), _address(layout.word_lengths), num_words, layout.max_words),
-        _C.Segments(
-            _address(layout.entity_offsets), _address(layout.entity_lengths), entities.shape[0], layout.max_entities
+    stack, num_heads, head_dim = words.shape[1:]
+    key, offset = (0, 0) if seed is None else (value & 0xFFFFFFFFFFFFFFFF for value in seed.tolist())
+    return _C.AttentionParams(
+        DTYPES[words.dtype],
+        layout.batch_size,
+        stack,
+        num_heads,
+        head_dim,
+        (
+            (_address(layout.word_offsets), _address(layout.word_lengths), words.shape[0], layout.max_words),
+            (_address(layout.entity_offsets), _address(layout.entity_lengths), entities.shape[0], layout.max_entities),
         ),
-    ]
-    params.projections = [_buffer(words), _buffer(entities)]
-    # Not by views, each of which costs as much as the attention of a few tokens.
-    begins = (0, num_words)
-    out_stride, out_bytes = out.stride(), out.element_size()
-    params.out = [
-        _C.Buffer(out.data_ptr() + begin * out_stride[0] * out_bytes, out_stride[0], 0, out_stride[1])
-        for begin in begins
-    ]
-    head_stride, lse_bytes = lse.stride(0), lse.element_size()
-    params.lse = [_C.Buffer(lse.data_ptr() + begin * lse_bytes, 1, 0, head_stride) for begin in begins]
-    params.scale = scale
-    if seed is not None:
-        params.dropout_p = dropout_p
-        params.seed, params.offset = (value & 0xFFFFFFFFFFFFFFFF for value in seed.tolist())
-    params.num_threads = torch.get_num_threads()
-    return params
+        (_stacks(words), _stacks(entities)),
+        _rows(out),
+        (lse.data_ptr(), lse.stride(1), 0, lse.stride(0)),
+        scale,
+        0.0 if seed is None else dropout_p,
+        key,
+        offset,
+        torch.get_num_threads(),
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _buffer(tensor: Tensor) -> "_C.Buffer":
-    """Describe a tensor (tokens, slots, H, D)."""
-    return _C.Buffer(tensor.data_ptr(), *tensor.stride()[:3])
+def _stacks(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Describe a tensor (tokens, slots, H, D): its address, and strides of all but D."""
+    token_stride, slot_stride, head_stride, _ = tensor.stride()
+    return tensor.data_ptr(), token_stride, slot_stride, head_stride
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Describe a tensor (tokens, H, ...) in the same way."""
+    token_stride, head_stride, *_ = tensor.stride()
+    return tensor.data_ptr(), token_stride, 0, head_stride
