@@ -189,6 +189,8 @@ void attention_forward_cpu(const AttentionParams& params) {
       left -= static_cast<double>(rows) * rows;
     }
   }
+  const int64_t tokens = params.segments[kWord].num_tokens + params.segments[kEntity].num_tokens;
+  expect_huge_pages(params.out.data, tokens * params.out.token_stride * item_size(params.dtype));
   const std::vector<Range> pieces = left_over(params);
   const int64_t filled = static_cast<int64_t>(pieces.size()), count = filled + static_cast<int64_t>(tasks.size());
   const auto part_of = [&](int64_t index) {
@@ -229,6 +231,11 @@ void attention_backward_cpu(const AttentionParams& params) {
       for_each_slice(rows, wanted, [&](Span keys) { tasks.push_back({b, head, keys, all, {false, true}}); });
       for_each_slice(rows, wanted, [&](Span slice) { tasks.push_back({b, head, all, slice, {true, false}}); });
     }
+  }
+  for (Kind kind : {kWord, kEntity}) {
+    const Buffer& buffer = params.dprojections[kind];
+    const int64_t bytes = params.segments[kind].num_tokens * buffer.token_stride * item_size(params.dtype);
+    expect_huge_pages(buffer.data, bytes);
   }
   const std::vector<Range> pieces = left_over(params);
   const int64_t filled = static_cast<int64_t>(pieces.size()), count = filled + static_cast<int64_t>(tasks.size());

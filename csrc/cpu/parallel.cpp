@@ -3,6 +3,7 @@
 #include "../attention.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -72,6 +73,19 @@ void* thread_scratch(size_t bytes) {
     size = bytes;
   }
   return memory.get();
+}
+
+void expect_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  // Those of x86-64, and of arm64 with pages of 4 KB. Elsewhere, and where the system has none, this asks in vain.
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
+#endif
 }
 
 bool has_openmp() {

@@ -1,4 +1,4 @@
-// Threads, and the memory each of them keeps from call to call.
+// Threads, the memory each of them keeps from call to call, and the pages of other memory.
 #pragma once
 
 #include <cstddef>
@@ -21,5 +21,8 @@ void parallel_for(int num_threads, int64_t tasks, const Task& task) {
 
 // Memory of this thread, aligned to 64, that grows and is used again.
 void* thread_scratch(size_t bytes);
+
+// Asks that fresh memory which is about to be written comes in huge pages: one page fault in place of 512.
+void expect_huge_pages(void* memory, int64_t bytes);
 
 }  // namespace luke_kernels
