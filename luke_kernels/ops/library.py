@@ -150,7 +150,10 @@ class _Attention(torch.autograd.Function):
             dout_words = dout_entities = None
         if dout_words is None:
             dout_words = torch.zeros_like(out[:num_words])
-        dwords, dentities = _AttentionGradient.apply(
+        # A Function costs as much as the gradients of a few tokens: only where these are themselves differentiated.
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        gradient = _AttentionGradient.apply if recorded else _AttentionGradient.forward
+        dwords, dentities = gradient(
             dout_words, None if entities is None else dout_entities, out, lse, words, entities, *arguments
         )
         return dwords, None if entities is None else dentities, *[None] * (1 + len(arguments))
