@@ -48,22 +48,6 @@ class Layout(NamedTuple):
     max_entities: int
     covers_rows: bool
 
-    def materialised(self, device: torch.device) -> "Layout":
-        """Return the same with the offsets and lengths made that are None."""
-
-        def offsets(given: Tensor | None, pitch: int) -> Tensor:
-            return torch.arange(self.batch_size, dtype=torch.int32, device=device) * pitch if given is None else given
-
-        def lengths(given: Tensor | None, length: int) -> Tensor:
-            return torch.full((self.batch_size,), length, dtype=torch.int32, device=device) if given is None else given
-
-        return self._replace(
-            word_offsets=offsets(self.word_offsets, self.max_words),
-            word_lengths=lengths(self.word_lengths, self.max_words),
-            entity_offsets=offsets(self.entity_offsets, self.max_entities),
-            entity_lengths=lengths(self.entity_lengths, self.max_entities),
-        )
-
     def groups(self, num_words: int, num_entities: int) -> Iterator[Group]:
         """Yield the batch as one group where it is regular, else a sequence at a time. Reads what is given (a sync).
 

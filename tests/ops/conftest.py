@@ -7,8 +7,8 @@ from luke_kernels.ops import backends
 def _tiles_of_the_interpreter(request, monkeypatch):
     """Tiles of 64 x 64, the fastest in the interpreter. test_triton.py runs small ones."""
     if backends.INTERPRETING and "triton" in request.node.nodeid:
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr("luke_kernels.ops.backends.triton.config", lambda kernel, dtype, block_d: tile)
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "TAIL": 64, "num_warps": 4, "num_stages": 2}
+        monkeypatch.setattr("luke_kernels.ops.backends.triton.config", lambda *key: tile)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

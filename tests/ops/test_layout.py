@@ -71,16 +71,6 @@ def test_a_wrong_batch_size_reaches_into_nothing(backend):
     assert_same(run(backend, Layout(None, None, None, None, 4, 5, 4, covers_rows=True), 8, 8), expected)
 
 
-def test_materialised():
-    for sizes in SIZES:
-        made = Layout(None, None, None, None, *sizes, covers_rows=True).materialised(torch.device("cpu"))
-        for field, expected in zip(made, explicit(sizes), strict=True):
-            assert torch.equal(torch.as_tensor(field), torch.as_tensor(expected))
-            assert not isinstance(field, torch.Tensor) or field.dtype == torch.int32
-    given = torch.tensor([1, 2, 3])
-    assert Layout(None, given, None, None, 3, 5, 4, False).materialised(torch.device("cpu")).word_lengths is given
-
-
 def test_a_regular_batch_is_one_group():
     (group,) = Layout(None, None, None, None, 1000, 7, 3, covers_rows=True).groups(7000, 3000)
     assert group == (range(1000), 0, 7, 7, 0, 3, 3)

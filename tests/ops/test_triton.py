@@ -35,8 +35,8 @@ def small_tiles(monkeypatch):
 
 
 def use_tiles(monkeypatch, block_m, block_n):
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(backend, "config", lambda kernel, dtype, block_d: tile)
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": 16, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(backend, "config", lambda *key: tile)
 
 
 def packed(words, entities):
@@ -128,7 +128,8 @@ def test_dropout_is_the_references_in_any_tile(monkeypatch, tiles):
 @triton.jit
 def kept_kernel(mask, seed, threshold, row_is_entity, COLUMN_IS_ENTITY: tl.constexpr, N: tl.constexpr):
     """Write the mask of program (0, head, sequence), (N, N), as the kernels draw it."""
-    draws, offs = backend._draws(seed, tl.program_id(2), threshold, True), tl.arange(0, N)
+    draws = backend._draws(seed, tl.program_id(2), tl.program_id(1), tl.num_programs(1), threshold, True)
+    offs = tl.arange(0, N)
     kept = backend._kept(draws, offs[:, None], offs[None, :], row_is_entity, COLUMN_IS_ENTITY)
     mask += (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * N * N
     tl.store(mask + offs[:, None] * N + offs[None, :], kept.to(tl.int8))
