@@ -14,31 +14,34 @@ Source: Dao 2023, "FlashAttention-2"; the two segments are of this package (ops/
 
 import functools
 import math
+import operator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-from luke_kernels.ops import dropout
+from luke_kernels.ops import backends, dropout
 from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
 
 # (BLOCK_M rows, BLOCK_N keys, TAIL, num_warps, num_stages, maxnreg) by kernel and padded head_dim. Kernels loop over
 # whole blocks of one side, and over what is left in blocks of TAIL. Timed on an H100 (docs/backends.md): several small
 # blocks a multiprocessor beat few large ones, so registers are capped where one more block fits.
-HOPPER_CONFIGS = {
+HOPPER_CONFIGS: dict[str, dict[int, tuple]] = {
     "fwd": {32: (128, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 3, 128), 128: (64, 64, 32, 4, 3, None)},
     "bwd_dq": {32: (128, 64, 32, 4, 3, None), 64: (64, 32, 32, 4, 4, 128), 128: (64, 64, 32, 4, 2, None)},
     "bwd_dkdv": {32: (64, 128, 32, 4, 2, None), 64: (64, 64, 16, 4, 3, None), 128: (64, 128, 32, 8, 2, None)},
 }
 # Other GPUs, not timed: what compiles for them without spills.
-HALF_CONFIGS = {
+HALF_CONFIGS: dict[str, dict[int, tuple]] = {
     "fwd": {32: (64, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 3, None), 128: (64, 64, 32, 4, 2, None)},
     "bwd_dq": {32: (64, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 2, None), 128: (64, 32, 32, 4, 2, None)},
     "bwd_dkdv": {32: (64, 64, 32, 4, 2, None), 64: (32, 64, 32, 4, 2, None), 128: (32, 64, 32, 8, 2, None)},
 }
 # fp32 products run on the FMA units, whose operands live in registers; some of these spill up to 360 bytes.
-FLOAT32_CONFIGS = {
+FLOAT32_CONFIGS: dict[str, dict[int, tuple]] = {
     "fwd": {32: (64, 32, 32, 4, 2, None), 64: (64, 32, 32, 8, 2, None), 128: (32, 32, 32, 8, 2, None)},
     "bwd_dq": {32: (64, 32, 32, 4, 2, None), 64: (32, 32, 32, 4, 2, None), 128: (32, 16, 16, 4, 2, None)},
     "bwd_dkdv": {32: (32, 64, 32, 4, 2, None), 64: (32, 32, 32, 4, 2, None), 128: (16, 32, 16, 8, 2, None)},
@@ -66,7 +69,7 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _config(kernel: str, words: Tensor, constants: dict) -> dict[str, int | None]:
+def _config(kernel: str, words: Tensor, constants: dict[str, Any]) -> dict[str, int | None]:
     return config(kernel, _capability(words.device), words.dtype, constants["BLOCK_D"], constants["DROPOUT"])
 
 
@@ -250,16 +253,20 @@ def forward(
     words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
-    arguments, constants = _shared(words, entities, layout, dropout_p, seed)
-    tile = _config("fwd", words, constants)
-    blocks = triton.cdiv(layout.max_words + layout.max_entities, tile["BLOCK_M"])
+    constants = _constants(words, seed) | {"NEGATE": scale < 0}
+    constants |= _config("fwd", words, constants)
+    blocks = triton.cdiv(layout.max_words + layout.max_entities, constants["BLOCK_M"])
     # The running max is taken before scaling, which holds for positive factors: queries take the sign, and a scale of
     # zero, which would turn the -inf of masked scores into NaN, becomes a tiny one.
     factor = max(abs(scale), 1e-30) * math.log2(math.e)
-    with torch.cuda.device_of(words):
-        attention_fwd_kernel[(blocks * words.shape[2] * layout.batch_size,)](
-            words, entities, out, lse, **arguments, scale=factor, NEGATE=scale < 0, **constants, **tile
-        )
+    _launch(
+        attention_fwd_kernel,
+        blocks * words.shape[2] * layout.batch_size,
+        (words, entities, out, lse, *layout[:4], seed),
+        (*words.stride()[:3], *entities.stride()[:3]),
+        _numbers(words, entities, layout, factor, dropout_p),
+        constants,
+    )
     return out, lse
 
 
@@ -506,48 +513,33 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dwords, dentities = empty_gradients(words, entities, layout.covers_rows)
-    arguments, constants = _shared(words, entities, layout, dropout_p, seed)
-    for kind, dout in (("w", dout_words), ("e", dout_entities)):
-        arguments |= {f"stride_dout_{kind}t": dout.stride(0), f"stride_dout_{kind}h": dout.stride(1)}
-    statistics = lse.new_empty((2, *lse.shape))
-    gradients = (statistics, dout_words, dout_entities, dwords, dentities)
+    constants = _constants(words, seed)
+    tensors = (lse.new_empty((2, *lse.shape)), dout_words, dout_entities, dwords, dentities, *layout[:4], seed)
+    strides = (*words.stride()[:3], *entities.stride()[:3], *dout_words.stride()[:2], *dout_entities.stride()[:2])
+    numbers = _numbers(words, entities, layout, scale, dropout_p)
     heads_of_batch = words.shape[2] * layout.batch_size
-    with torch.cuda.device_of(words):
-        tile = _config("bwd_dq", words, constants)
-        blocks = triton.cdiv(layout.max_words + layout.max_entities, tile["BLOCK_M"])
-        attention_bwd_dq_kernel[(blocks * heads_of_batch,)](
-            words, entities, out, lse, *gradients, **arguments, scale=scale, **constants, **tile
-        )
-        tile = _config("bwd_dkdv", words, constants)
-        blocks = triton.cdiv(layout.max_words, tile["BLOCK_N"]) + triton.cdiv(layout.max_entities, tile["BLOCK_N"])
-        attention_bwd_dkdv_kernel[(blocks * heads_of_batch,)](
-            words, entities, *gradients, **arguments, scale=scale, **constants, **tile
-        )
+
+    dq = constants | _config("bwd_dq", words, constants)
+    blocks = triton.cdiv(layout.max_words + layout.max_entities, dq["BLOCK_M"])
+    tensors_dq = (words, entities, out, lse, *tensors)
+    _launch(attention_bwd_dq_kernel, blocks * heads_of_batch, tensors_dq, strides, numbers, dq)
+
+    dkdv = constants | _config("bwd_dkdv", words, constants)
+    blocks = triton.cdiv(layout.max_words, dkdv["BLOCK_N"]) + triton.cdiv(layout.max_entities, dkdv["BLOCK_N"])
+    tensors_dkdv = (words, entities, *tensors)
+    _launch(attention_bwd_dkdv_kernel, blocks * heads_of_batch, tensors_dkdv, strides, numbers, dkdv)
     return dwords, dentities
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def _shared(words: Tensor, entities: Tensor, layout: Layout, dropout_p: float, seed: Tensor | None) -> tuple:
-    """Return the arguments and the compile-time constants that all kernels share."""
-    stack, num_heads, head_dim = words.shape[1:]
-    arguments = {name: getattr(layout, name) for name in layout._fields[:4]}
-    for kind, buffer in (("w", words), ("e", entities)):
-        arguments |= {f"stride_{kind}{axis}": stride for axis, stride in zip("tsh", buffer.stride()[:3], strict=True)}
-    arguments |= {
-        "seed": seed,
-        "num_words": words.shape[0],
-        "num_entities": entities.shape[0],
-        "num_heads": num_heads,
-        "max_words": layout.max_words,
-        "max_entities": layout.max_entities,
-        "keep_scale": 1 / (1 - dropout_p),
-        "threshold": dropout.threshold(dropout_p),
-    }
+def _constants(words: Tensor, seed: Tensor | None) -> dict[str, Any]:
+    """Return the compile-time constants that all kernels share."""
     # The new name of allow_tf32: reading the old one raises once the new one was set.
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    constants = {
+    tf32 = words.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    stack, _, head_dim = words.shape[1:]
+    return {
         "STACK": stack,
         "HEAD_DIM": head_dim,
         # For 16 every tile of dK/dV compiles to stmatrix on sm_90, the mark of the fault named at _gather_dkdv_blocks.
@@ -557,4 +549,46 @@ def _shared(words: Tensor, entities: Tensor, layout: Layout, dropout_p: float, s
         # Triton 3.9 warns, and 3.10 leaves it off, where a caller does not choose.
         "enable_fp_fusion": True,
     }
-    return arguments, constants
+
+
+def _numbers(words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float) -> tuple:
+    """Return the numbers that vary from call to call, in the order of the kernels."""
+    sizes = words.shape[0], entities.shape[0], words.shape[2], layout.max_words, layout.max_entities
+    return *sizes, scale, 1 / (1 - dropout_p), dropout.threshold(dropout_p)
+
+
+# What Triton compiled, by all it compiled for; and the values of the compile-time constants.
+_compiled: dict[tuple, tuple[Any, list]] = {}
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    numbers: tuple,
+    constants: dict[str, Any],
+) -> None:
+    """Launch `kernel(*tensors, *strides, *numbers, **constants)`.
+
+    Triton's own dispatch looks at every argument anew, which costs more than the kernels of a small batch take. So a
+    call like one before, with aligned tensors and numbers of 32 bits, goes straight to what was compiled for that.
+    """
+    if backends.INTERPRETING:
+        kernel[(programs,)](*tensors, *strides, *numbers, **constants)
+        return
+    words = tensors[0]
+    assert words is not None
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    present = [pointer for pointer in pointers if pointer is not None]
+    ordinary = functools.reduce(operator.or_, present) % 16 == 0 and max(*strides, *numbers) < 2**31
+    absent = tuple([pointer is None for pointer in pointers])
+    key = (kernel, words.device, words.dtype, absent, strides, *constants.values())
+    with torch.cuda.device_of(words):
+        if ordinary and key in _compiled:
+            compiled, values = _compiled[key]
+            compiled[(programs, 1, 1)](*pointers, *strides, *numbers, *values)
+            return
+        compiled = kernel[(programs,)](*tensors, *strides, *numbers, **constants)
+        if ordinary and isinstance(compiled, CompiledKernel):
+            _compiled[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
