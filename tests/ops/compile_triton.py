@@ -1,12 +1,13 @@
-"""Compile every Triton kernel for chips that need not be here, and check what the compiler made of it.
+"""Compile every Triton kernel for a chip that need not be here, and check what the compiler made of it.
 
-Prints one JSON line a kernel: the chip, registers, bytes spilled, bytes of shared memory. Run as a script, without
-TRITON_INTERPRET; test_triton.py does so under each Triton it can find.
+Prints one JSON line a kernel: the chip, registers, spills, bytes of shared memory. Run as a script, its argument the
+compute capability, without TRITON_INTERPRET; test_triton.py does so under each Triton it can find.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -131,5 +132,6 @@ def check(name, capability, dtype, head_dim, dropout):
 
 if __name__ == "__main__":
     for case in CASES:
-        for name in KERNELS:
-            check(name, *case)
+        if case[0] == int(sys.argv[1]):
+            for name in KERNELS:
+                check(name, *case)
