@@ -1,5 +1,6 @@
 """The Triton backend: what its tiles, buffers and compilers could get wrong. Without a GPU, in the interpreter."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -226,3 +227,40 @@ def test_compiles_for_every_chip(which, capability):
     }
     version = triton.__version__ if which == "installed" else "3.6"
     assert all(r["triton"].startswith(version) for r in records)
+
+
+def test_a_call_like_one_before_goes_past_the_dispatch(monkeypatch):
+    """And only such a call: what Triton specialises on must be the same, pointers aligned, numbers of 32 bits."""
+    dispatched, direct = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: direct.append((grid, arguments))
+
+    class Kernel:
+        arg_names = ("a", "b", "stride", "number", "SECOND", "FIRST")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: dispatched.append((grid, arguments)) or Compiled()
+
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    monkeypatch.setattr(backend, "CompiledKernel", Compiled)
+    monkeypatch.setattr(backend, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    tensor, kernel, constants = torch.empty(64), Kernel(), {"FIRST": 1, "SECOND": 2, "num_warps": 4}
+    for programs, number in ((3, 0.5), (4, 0.25)):
+        backend._launch(kernel, programs, (tensor, None), (16,), (number,), constants)
+    assert len(dispatched) == 1
+    assert direct == [((4, 1, 1), (tensor.data_ptr(), None, 16, 0.25, 2, 1))]
+    for tensors, strides, number, others in (
+        ((tensor, tensor), (16,), 0.5, {}),
+        ((tensor, tensor.double()), (16,), 0.5, {}),
+        ((tensor, None), (1,), 0.5, {}),
+        ((tensor, None), (16,), 0.5, {"FIRST": 5}),
+    ):
+        backend._launch(kernel, 3, tensors, strides, (number,), constants | others)
+    assert (len(dispatched), len(direct)) == (5, 1)
+    for tensors, number in (((tensor[1:], None), 0.5), ((tensor, None), 2**31)):
+        for _ in range(2):
+            backend._launch(kernel, 3, tensors, (16,), (number,), constants)
+    assert (len(dispatched), len(direct)) == (9, 1)

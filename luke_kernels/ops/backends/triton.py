@@ -582,8 +582,8 @@ def _launch(
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     present = [pointer for pointer in pointers if pointer is not None]
     ordinary = functools.reduce(operator.or_, present) % 16 == 0 and max(*strides, *numbers) < 2**31
-    absent = tuple([pointer is None for pointer in pointers])
-    key = (kernel, words.device, words.dtype, absent, strides, *constants.values())
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    key = (kernel, words.device, dtypes, strides, *constants.values())
     with torch.cuda.device_of(words):
         if ordinary and key in _compiled:
             compiled, values = _compiled[key]
