@@ -202,6 +202,21 @@ def test_lengths_are_kept_inside_the_buffers():
     assert_bitwise_equal(run(backend, tensors, torch.float32, beyond), run(backend, tensors, torch.float32, layout))
 
 
+@triton.jit
+def place_kernel(places, num_tokens, max_length):
+    offset, length = backend._place(None, None, tl.program_id(0), num_tokens, max_length)
+    tl.store(places + 2 * tl.program_id(0), offset)
+    tl.store(places + 2 * tl.program_id(0) + 1, length)
+
+
+@runs_here
+def test_a_wrong_batch_size_does_not_come_round():
+    """Of 5 sequences of 2^30 words, the buffer holds one and a bit; the fifth begins at 2^32."""
+    places, pitch = torch.empty(5, 2, dtype=torch.int64, device=DEVICE), 2**30
+    place_kernel[5,](places, pitch + 7, pitch, enable_fp_fusion=True)
+    assert places.tolist() == [[b * pitch, length] for b, length in enumerate((pitch, 7, 0, 0, 0))]
+
+
 @runs_here
 def test_two_runs_are_bitwise_equal():
     tensors, layout = draw(35, 20), packed((30, 5), (0, 20))

@@ -34,7 +34,7 @@ HOPPER_CONFIGS: dict[str, dict[int, tuple]] = {
     "bwd_dq": {32: (128, 64, 32, 4, 3, None), 64: (64, 32, 32, 4, 4, 128), 128: (64, 64, 32, 4, 2, None)},
     "bwd_dkdv": {32: (64, 128, 32, 4, 2, None), 64: (64, 64, 16, 4, 3, None), 128: (64, 128, 32, 8, 2, None)},
 }
-# Other GPUs, not timed: what compiles for them without spills.
+# Other GPUs, not timed: what compiles for them without spills in its loops.
 HALF_CONFIGS: dict[str, dict[int, tuple]] = {
     "fwd": {32: (64, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 3, None), 128: (64, 64, 32, 4, 2, None)},
     "bwd_dq": {32: (64, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 2, None), 128: (64, 32, 32, 4, 2, None)},
@@ -83,11 +83,14 @@ def _program(blocks, num_heads):
 @triton.jit
 def _place(offsets, lengths, sequence, num_tokens, max_length):
     """Return (offset, length) of a sequence, kept inside the buffer and the grid."""
-    offset = sequence * max_length if offsets is None else tl.maximum(tl.load(offsets + sequence), 0)
+    # 64 bits: a wrong batch size must not come round to the front of the buffer.
+    offset = sequence.to(tl.int64) * max_length
+    if offsets is not None:
+        offset = tl.maximum(tl.load(offsets + sequence), 0).to(tl.int64)
     length = max_length
     if lengths is not None:
         length = tl.minimum(tl.load(lengths + sequence), max_length)
-    return offset.to(tl.int64), tl.maximum(tl.minimum(length, num_tokens - offset), 0)
+    return offset, tl.maximum(tl.minimum(length, num_tokens - offset), 0).to(tl.int32)
 
 
 @triton.jit
