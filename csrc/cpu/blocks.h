@@ -127,7 +127,7 @@ class Ahead {
     const char* row;
     int64_t stride, left, bytes;
   };
-  Range ranges_[8];  // two queries, keys and values, of both kinds
+  Range ranges_[10];  // two queries, keys, values and outputs, of both kinds
   int64_t num_ranges_ = 0, range_ = 0, rows_ = 0, step_ = 0;
 };
 

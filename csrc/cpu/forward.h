@@ -36,9 +36,8 @@ class Forward {
         out_(memory.take<Scalar>(kMaxRows * width_)),
         shift_(memory.take<Scalar>(kMaxRows)),
         sums_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)),
-        weights_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)) {
-    for (Word*& queries : queries_) queries = memory.take<Word>(kQueries * padded_words<M>(head_dim));
-  }
+        weights_(memory.take<Scalar>((kMaxRows + kLanes) * kLanes)),
+        queries_(memory.take<Word>(kQueries * padded_words<M>(head_dim))) {}
 
   void run(const Part& part, const Part* next) {
     for (int64_t begin = part.rows.begin; begin < part.rows.end; begin += kMaxRows) {
@@ -75,7 +74,7 @@ class Forward {
       }
       for (int64_t begin = 0; begin < count; begin += kQueries) {
         const Span block = {rows.begin + begin, rows.begin + smaller(begin + kQueries, count)};
-        look_ahead(head, rows, block, blocks.num_panels, more ? &again : next, following);
+        look_ahead(head, rows, block, blocks, more ? &again : next, following, !more);
         score(head, blocks, block);
         weigh(head, blocks, block, begin);
         if (!more) finish(head, block, begin);
@@ -84,9 +83,10 @@ class Forward {
     }
   }
 
-  // Chooses what is fetched during a block of queries: those after it, and its share of the keys that are packed next.
-  void look_ahead(const Head& head, Span rows, Span block, int64_t num_panels, const Part* next,
-                  const KeyBlocks<M>& keys) {
+  // Chooses what is fetched during a block of queries: those after it, its share of the keys that are packed next, and
+  // where its output goes, if that is written now.
+  void look_ahead(const Head& head, Span rows, Span block, const KeyBlocks<M>& blocks, const Part* next,
+                  const KeyBlocks<M>& keys, bool writes) {
     ahead_.clear();
     const auto add_queries = [&](const Head& of, int64_t begin, int64_t end) {
       for_each_kind(of, {begin, smaller(begin + kQueries, end)},
@@ -111,8 +111,19 @@ class Forward {
         ahead_.add<In>(next->head.tokens[kind].values, part, head_dim_);
       }
     }
-    constexpr int64_t kTileRows = M::kTileSums / M::kTileVectors;
-    ahead_.spread(num_panels * ((block.end - block.begin + kTileRows - 1) / kTileRows));
+    if (writes) {
+      for_each_kind(head, block, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t) {
+        ahead_.add<In>(tokens.out, {rank, rank + n}, head_dim_);
+      });
+    }
+    // A few with every tile of scores, and with the probabilities of every row.
+    const int64_t count = block.end - block.begin;
+    int64_t steps = count;
+    for (int64_t p = 0; p < blocks.num_panels; ++p) {
+      const int64_t tile_rows = rows_of_tile<M>((blocks.panels[p].count + kLanes - 1) / kLanes);
+      steps += (count + tile_rows - 1) / tile_rows;
+    }
+    ahead_.spread(steps);
   }
 
   void pack_keys(const Head& head, const KeyBlocks<M>& blocks) {
@@ -132,46 +143,61 @@ class Forward {
 
   // Scores of a block of queries, and the maxima of their lanes.
   void score(const Head& head, const KeyBlocks<M>& blocks, Span block) {
-    const int64_t count = block.end - block.begin, stride = padded_words<M>(head_dim_);
+    const int64_t count = block.end - block.begin;
     for (int64_t i = 0; i < round_up(count, kLanes); ++i) M::store(maxima_ + i * kLanes, M::broadcast(-INFINITY));
     int64_t packed = -1;
     for (int64_t p = 0; p < blocks.num_panels; ++p) {
       const KeyPanel& panel = blocks.panels[p];
-      if (packed != panel.kind) {
-        packed = panel.kind;
-        pack_queries(head, block, packed, stride);
-      }
-      const int64_t vectors = (panel.count + kLanes - 1) / kLanes, exist = panel.count - (vectors - 1) * kLanes;
-      const int64_t pitch = pitch_;
-      Scalar* const scores = scores_ + panel.slot;
-      Scalar* const maxima = maxima_;
-      Ahead* const ahead = &ahead_;
-      product_of_vectors<M>(
-          vectors, count, depth_, queries_[packed], stride, keys_ + p * kPanel<M> * depth_, kPanel<M>,
-          [=](int64_t row, auto& sums) __attribute__((always_inline)) {
-            constexpr int kRows = sizeof sums / sizeof sums[0], kVectors = sizeof sums[0] / sizeof(Vector);
-            ahead->advance();
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-              Scalar* to = scores + (row + r) * pitch;
-              Vector maximum = M::load(maxima + (row + r) * kLanes);
-              sums[r][kVectors - 1] = M::first(exist, sums[r][kVectors - 1], M::broadcast(-INFINITY));
-#pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                M::store(to + v * kLanes, sums[r][v]);
-                maximum = M::max(maximum, sums[r][v]);
-              }
-              M::store(maxima + (row + r) * kLanes, maximum);
-            }
-          });
+      for_each_kind(head, block, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t n, int64_t place) {
+        const Matrix& queries = tokens.queries[panel.kind];
+        const Word* const keys = keys_ + p * kPanel<M> * depth_;
+        if (are_words(queries, head.scale)) {
+          const Word* const words = reinterpret_cast<const Word*>(row_of<In>(queries, rank));
+          return score_panel(panel, words, queries.stride / M::kDepth, n, keys, place);
+        }
+        const int64_t stride = padded_words<M>(head_dim_);
+        if (packed != panel.kind) {
+          pack_rows<M, In>(queries, rank, n, head_dim_, queries_ + place * stride, stride);
+          if (head.scale < 0) M::negate(queries_ + place * stride, n * stride);
+        }
+        score_panel(panel, queries_ + place * stride, stride, n, keys, place);
+      });
+      packed = panel.kind;
     }
   }
 
-  void pack_queries(const Head& head, Span block, int64_t kind, int64_t stride) {
-    for_each_kind(head, block, [&](const Tokens& tokens, int64_t, int64_t rank, int64_t count, int64_t place) {
-      pack_rows<M, In>(tokens.queries[kind], rank, count, head_dim_, queries_[kind] + place * stride, stride);
-    });
-    if (head.scale < 0) M::negate(queries_[kind], (block.end - block.begin) * stride);
+  // Whether rows are operand A as they lie.
+  bool are_words(const Matrix& queries, double scale) const {
+    return std::is_same_v<In, Item> && scale >= 0 && head_dim_ % M::kDepth == 0 && queries.stride % M::kDepth == 0 &&
+           reinterpret_cast<uintptr_t>(queries.data) % sizeof(Word) == 0;
+  }
+
+  // Scores of `count` queries, which lie at `place` in their block, with a panel of keys.
+  void score_panel(const KeyPanel& panel, const Word* queries, int64_t stride, int64_t count, const Word* keys,
+                   int64_t place) {
+    const int64_t vectors = (panel.count + kLanes - 1) / kLanes, exist = panel.count - (vectors - 1) * kLanes;
+    const int64_t pitch = pitch_;
+    Scalar* const scores = scores_ + place * pitch + panel.slot;
+    Scalar* const maxima = maxima_ + place * kLanes;
+    Ahead* const ahead = &ahead_;
+    product_of_vectors<M>(
+        vectors, count, depth_, queries, stride, keys, kPanel<M>,
+        [=](int64_t row, auto& sums) __attribute__((always_inline)) {
+          constexpr int kRows = sizeof sums / sizeof sums[0], kVectors = sizeof sums[0] / sizeof(Vector);
+          ahead->advance();
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+            Scalar* to = scores + (row + r) * pitch;
+            Vector maximum = M::load(maxima + (row + r) * kLanes);
+            sums[r][kVectors - 1] = M::first(exist, sums[r][kVectors - 1], M::broadcast(-INFINITY));
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+              M::store(to + v * kLanes, sums[r][v]);
+              maximum = M::max(maximum, sums[r][v]);
+            }
+            M::store(maxima + (row + r) * kLanes, maximum);
+          }
+        });
   }
 
   // Probabilities, and their products with the values.
@@ -188,7 +214,7 @@ class Forward {
       // Scores may all be -inf so far.
       shift = shift == M::broadcast(-INFINITY) ? M::zero() : shift;
       M::store(maximum + i, shift);
-      M::store(rescale + i, exp2<5>((before - shift) * factor_));
+      M::store(rescale + i, exp2<kFineDegree>((before - shift) * factor_));
     }
     for (int64_t i = 0; i < count; i += kGroup) {
       const int64_t rows = smaller(kGroup, count - i);
@@ -196,6 +222,7 @@ class Forward {
         Scalar* row = scores_ + r * pitch_;
         Scalar *sum = sums_ + (state + r) * kLanes, *weight = weights_ + (state + r) * kLanes;
         Totals totals = {M::load(sum) * rescale[r], M::load(weight) * rescale[r]};
+        ahead_.advance();
         if (head.dropout.p > 0) {
           draw_row(head, blocks, block.begin + r);
           exponentiate<true>(row, blocks.slots, maximum[r], totals);
@@ -277,7 +304,7 @@ class Forward {
       Scalar* lse = static_cast<Scalar*>(tokens.lse) + rank;
       const Scalar* shift = shift_ + state;
       for (int64_t i = 0; i < n; ++i) {
-        lse[i] = static_cast<Scalar>(shift[place + i] * scale_ + std::log(static_cast<double>(sum[place + i])));
+        lse[i] = static_cast<Scalar>(shift[place + i] * scale_ + std::log(sum[place + i]));
         const Vector factor = M::broadcast(kept / weight[place + i]);
         const Scalar* from = out_ + (state + place + i) * width_;
         In* to = row_of_output<In>(tokens.out, rank + i);
@@ -298,7 +325,7 @@ class Forward {
   Scalar* const shift_;  // the maxima, before scaling
   Scalar* const sums_;
   Scalar* const weights_;
-  Word* queries_[2];
+  Word* const queries_;  // a block's, towards one kind of keys
   Ahead ahead_;
   double scale_ = 0;
   Scalar factor_ = 0;  // of scores, to base 2

@@ -20,7 +20,7 @@ struct Single : V {
   using Word = Scalar;
   using Item = Scalar;
   static constexpr int kDepth = 1;  // numbers in a word
-  static constexpr int kDegree = 5;
+  static constexpr int kDegree = kFineDegree;
 
   static LUKE_INLINE Vector words(const Word* from) { return V::load(from); }
   static LUKE_INLINE Vector spread(const Word* from) { return V::broadcast(*from); }
@@ -44,7 +44,7 @@ struct Pairs : Floats {
   using Word = uint32_t;
   using Item = bfloat16;
   static constexpr int kDepth = 2;
-  static constexpr int kDegree = 3;
+  static constexpr int kDegree = kCoarseDegree;
 
   static LUKE_INLINE Vector words(const Word* from) { return _mm512_loadu_ps(from); }
   static LUKE_INLINE Vector spread(const Word* from) { return _mm512_castsi512_ps(_mm512_set1_epi32(*from)); }
@@ -133,11 +133,17 @@ LUKE_INLINE void add_sums(const typename M::Vector (&sums)[kRows][kVectors], typ
   }
 }
 
+// Rows of a tile of so many vectors.
+template <class M>
+constexpr int64_t rows_of_tile(int64_t vectors) {
+  return M::kTileSums / vectors < 12 ? M::kTileSums / vectors : 12;
+}
+
 // The columns of one panel for all rows. Calls finish(first row, sums).
 template <class M, int kVectors, class Finish>
 LUKE_INLINE void product_of_panel(int64_t rows, int64_t depth, const typename M::Word* a, int64_t a_stride,
                                   const typename M::Word* b, int64_t b_stride, const Finish& finish) {
-  constexpr int kRows = M::kTileSums / kVectors < 12 ? M::kTileSums / kVectors : 12;
+  constexpr int kRows = rows_of_tile<M>(kVectors);
   int64_t row = 0;
   const auto run = [&](auto count) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;

@@ -37,6 +37,8 @@ struct Generic {
   }
   static LUKE_INLINE void store(T* to, Vector v) { std::memcpy(to, &v, sizeof v); }
   static LUKE_INLINE Vector max(Vector a, Vector b) { return a > b ? a : b; }
+  // a b + c, fused where the instruction set can.
+  static LUKE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
   // Lanes below n of a, the rest of b.
   static LUKE_INLINE Vector first(int64_t n, Vector a, Vector b) {
     Integers lane;
@@ -58,15 +60,15 @@ struct Generic {
     x = x < lowest ? lowest : x;
     return x > highest ? highest : x;
   }
-  // Returns x less the nearest whole number, in [-1/2, 1/2].
+  // Returns x less a whole number, in [0, 1].
   static LUKE_INLINE Vector fraction(Vector x) {
     constexpr T kShift = T(3) * (int64_t{1} << (kMantissa - 1));  // leaves no bit for a fraction
-    return x - ((x + kShift) - kShift);
+    return x - ((x - T(0.5) + kShift) - kShift);
   }
-  // Returns y 2^n of a whole number n.
-  static LUKE_INLINE Vector scale(Vector y, Vector n) {
+  // Returns y 2^(x - f), of a fraction f of x.
+  static LUKE_INLINE Vector scale(Vector y, Vector x, Vector f) {
     // In two steps, whose factors are normal though the result is not.
-    const Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
+    const Integers whole = __builtin_convertvector(x - f, Integers), half = whole >> 1;
     return y * (Vector)((half + kBias) << kMantissa) * (Vector)((whole - half + kBias) << kMantissa);
   }
 
@@ -121,6 +123,7 @@ struct Floats : GenericFloats<64> {
 
   static LUKE_INLINE Vector broadcast(float x) { return _mm512_set1_ps(x); }
   static LUKE_INLINE Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+  static LUKE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static LUKE_INLINE Vector first(int64_t n, Vector a, Vector b) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(n >= kLanes ? 0xFFFF : (1 << n) - 1), b, a);
   }
@@ -133,8 +136,8 @@ struct Floats : GenericFloats<64> {
     return _mm512_permutex2var_ps(a, lanes, b);
   }
   static LUKE_INLINE Vector bounded(Vector x) { return x; }
-  static LUKE_INLINE Vector fraction(Vector x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT); }
-  static LUKE_INLINE Vector scale(Vector y, Vector n) { return _mm512_scalef_ps(y, n); }
+  static LUKE_INLINE Vector fraction(Vector x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF); }
+  static LUKE_INLINE Vector scale(Vector y, Vector x, Vector) { return _mm512_scalef_ps(y, x); }  // of the floor of x
 
   using GenericFloats::narrow;
   using GenericFloats::widen;
@@ -172,6 +175,7 @@ struct Floats : GenericFloats<64> {
 struct Floats : GenericFloats<32> {
   static LUKE_INLINE Vector broadcast(float x) { return _mm256_set1_ps(x); }
   static LUKE_INLINE Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+  static LUKE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
   static LUKE_INLINE Vector interleave_low(Vector a, Vector b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
   }
@@ -211,22 +215,32 @@ using Floats = GenericFloats<16>;
 // Of few lanes: float64 serves checks of gradients.
 using Doubles = Generic<double, 16>;
 
-// Returns 2^x to 2 ulp; x may be -inf. Of kDegree 3, to a tenth of bfloat16's rounding.
-// Polynomials that are 1 at 0, of least error on [-1/2, 1/2]: in ulp, an ulp below 0 counting 1.25 times; relative,
-// 1.0e-4.
+// Of exp2 to 2 ulp, of which rounding takes more where multiply-adds are not fused; and to a tenth of bfloat16's
+// rounding.
+#if defined(__FMA__)
+constexpr int kFineDegree = 5;
+#else
+constexpr int kFineDegree = 6;
+#endif
+constexpr int kCoarseDegree = 3;
+
+// Returns 2^x; x may be -inf. Polynomials that are 1 at 0, of least error on [0, 1]: relative of degree 3, 0.9e-4;
+// absolute of the others, 1.2e-7 and 0.3e-8.
 template <int kDegree>
 LUKE_INLINE Floats::Vector exp2(Floats::Vector x) {
-  constexpr float kCoefficients[2][5] = {
-      {0.69328293f, 0.24221096f, 0.055008931f},
-      {0.69314671f, 0.24022239f, 0.055510689f, 0.0096716592f, 0.0013170706f}};
-  static_assert(kDegree == 3 || kDegree == 5);
+  static_assert(kDegree == 3 || kDegree == 5 || kDegree == 6);
+  constexpr int kPolynomial = kDegree == 3 ? 0 : kDegree - 4;
+  constexpr float kCoefficients[3][6] = {
+      {0.69511679f, 0.22764499f, 0.077067042f},
+      {0.69315247f, 0.24015281f, 0.055835927f, 0.0089733787f, 0.0018852974f},
+      {0.69314700f, 0.24022990f, 0.055482486f, 0.0096811694f, 0.0012414924f, 0.00021794658f}};
   x = Floats::bounded(x);
   const Floats::Vector f = Floats::fraction(x);
-  const float* coefficients = kCoefficients[kDegree == 5];
+  const float* coefficients = kCoefficients[kPolynomial];
   Floats::Vector y = Floats::broadcast(coefficients[kDegree - 1]);
-#pragma GCC unroll 5
-  for (int i = kDegree - 2; i >= 0; --i) y = y * f + coefficients[i];
-  return Floats::scale(y * f + 1.0f, x - f);
+#pragma GCC unroll 6
+  for (int i = kDegree - 2; i >= 0; --i) y = Floats::multiply_add(y, f, Floats::broadcast(coefficients[i]));
+  return Floats::scale(Floats::multiply_add(y, f, Floats::broadcast(1)), x, f);
 }
 
 template <int kDegree>

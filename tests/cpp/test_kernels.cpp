@@ -39,7 +39,7 @@ std::vector<float> exp2_of(const std::vector<float>& x) {
   return y;
 }
 
-// Against libm, in double: at most 2 ulp; of degree 3, a tenth of bfloat16's rounding, 2^-9.
+// Against libm, in double: at most 2 ulp; the coarse one a tenth of bfloat16's rounding, 2^-9.
 void check_exp2() {
   std::vector<float> x(1 << 20);
   std::mt19937 random(0);
@@ -47,7 +47,7 @@ void check_exp2() {
   for (size_t i = 0; i < x.size(); ++i) x[i] = i % 2 ? near(random) : far(random);
   const float special[] = {0, -0.0f, -1, -126, -149, -150, -1e4f, -INFINITY, -1e-30f, -0.5f, 1, 127, 0.999999f, NAN};
   std::copy(std::begin(special), std::end(special), x.begin());
-  const std::vector<float> fine = exp2_of<5>(x), coarse = exp2_of<3>(x);
+  const std::vector<float> fine = exp2_of<isa::kFineDegree>(x), coarse = exp2_of<isa::kCoarseDegree>(x);
   double worst_ulps = 0, worst = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     if (std::isnan(x[i])) {
@@ -60,7 +60,7 @@ void check_exp2() {
     if (x[i] >= -126) raise(worst, std::fabs(coarse[i] - exact) / exact);
     CHECK(std::fabs(coarse[i] - exact) <= exact / 5120 + std::exp2(-149), "2^%g is %g, got %g", x[i], exact, coarse[i]);
   }
-  std::printf("exp2: %.2f ulp; of degree 3: %.2e\n", worst_ulps, worst);
+  std::printf("exp2: %.2f ulp; coarse: %.2e\n", worst_ulps, worst);
   CHECK(worst_ulps <= 2, "got %g", worst_ulps);
 }
 
