@@ -24,6 +24,7 @@ from luke_kernels.ops import (
 )
 from luke_kernels.packing import PackedBatch, PackedLengths
 from luke_kernels.tokenizer import LukeTokenizer
+from luke_kernels.tuning import tune
 from luke_kernels.version import __version__
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "explain_backends",
     "restore",
     "stack_projections",
+    "tune",
 ]

@@ -56,6 +56,20 @@ def demo(
 
 
 @app.command()
+def tune(
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    num_heads: Annotated[int, typer.Option(help="Heads of the batches that are timed.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    dropout: Annotated[bool, typer.Option("--dropout", help="Tune the kernels that draw a mask.")] = False,
+    device: Annotated[str, typer.Option(help="A GPU: cuda, cuda:1, ...")] = "cuda",
+) -> None:
+    """Time the Triton kernels' tiles on this GPU, each checked first, and keep the fastest. Takes minutes."""
+    from luke_kernels.tuning import show
+
+    show(Console(), head_dim, num_heads, _dtype(dtype), dropout, device)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Directory, archive or hub id: LUKE of any origin, RoBERTa or BERT.")],
     output: Annotated[str, typer.Argument(help="Directory, new or empty; of an original also a .tar.gz.")],

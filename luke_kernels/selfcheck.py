@@ -1,6 +1,7 @@
 """A quick check of backends against the reference, in float64, on a small ragged batch."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from luke_kernels.ops import entity_aware_attention
 from luke_kernels.ops.backends import reason_against
 
 HEADS, HEAD_DIM = 2, 32
+# More than a block of any kernel, and no multiple of one.
+MAX_WORDS, MAX_ENTITIES = 150, 9
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,35 +32,47 @@ class Check:
         return self.error <= 3 * self.reference_error + 1e-6
 
 
-def check_backend(backend: str, device: torch.device | str = "cpu") -> list[Check]:
-    """Run forward and backward in every dtype the backend takes there."""
+def check_backend(
+    backend: str,
+    device: torch.device | str = "cpu",
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    head_dim: int = HEAD_DIM,
+    dropout_p: float = 0.0,
+) -> list[Check]:
+    """Run forward and backward in each dtype that the backend takes there."""
     checks = []
-    for dtype in DTYPES:
-        if reason_against(backend, torch.device(device), dtype, HEAD_DIM) is not None:
+    for dtype in dtypes:
+        if reason_against(backend, torch.device(device), dtype, head_dim) is not None:
             continue
-        inputs = [t.to(device, dtype) for t in _inputs()]
-        truth = _outputs_and_gradients("reference", [t.double() for t in inputs])
-        reference = _outputs_and_gradients("reference", inputs)
+        inputs = [t.to(device, dtype) for t in _inputs(head_dim)]
+        truth = _outputs_and_gradients("reference", [t.double() for t in inputs], dropout_p)
+        reference = _outputs_and_gradients("reference", inputs, dropout_p)
         start = time.perf_counter()
-        results = _outputs_and_gradients(backend, inputs)
+        results = _outputs_and_gradients(backend, inputs, dropout_p)
         seconds = time.perf_counter() - start
         checks.append(Check(backend, dtype, _distance(results, truth), _distance(reference, truth), seconds))
     return checks
 
 
-def _inputs() -> list[Tensor]:
+def _inputs(head_dim: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 70, 4), (2, 9, 4), (2, 70), (2, 9)]
-    return [torch.randn(*shape, HEADS, HEAD_DIM, generator=generator) for shape in shapes]
+    shapes = [(2, MAX_WORDS, 4), (2, MAX_ENTITIES, 4), (2, MAX_WORDS), (2, MAX_ENTITIES)]
+    return [torch.randn(*shape, HEADS, head_dim, generator=generator) for shape in shapes]
 
 
-def _outputs_and_gradients(backend: str, inputs: list[Tensor]) -> list[Tensor]:
+def _outputs_and_gradients(backend: str, inputs: list[Tensor], dropout_p: float) -> list[Tensor]:
     words, entities, *douts = inputs
     words, entities = words.detach().requires_grad_(), entities.detach().requires_grad_()
-    word_lengths = torch.tensor([70, 33], dtype=torch.int32, device=words.device)
-    entity_lengths = torch.tensor([4, 9], dtype=torch.int32, device=words.device)
+    word_lengths = torch.tensor([MAX_WORDS, 33], dtype=torch.int32, device=words.device)
+    entity_lengths = torch.tensor([4, MAX_ENTITIES], dtype=torch.int32, device=words.device)
     out_words, out_entities = entity_aware_attention(
-        words, entities, word_lengths=word_lengths, entity_lengths=entity_lengths, backend=backend
+        words,
+        entities,
+        word_lengths=word_lengths,
+        entity_lengths=entity_lengths,
+        dropout_p=dropout_p,
+        seed=torch.zeros(2, dtype=torch.int64, device=words.device) if dropout_p else None,
+        backend=backend,
     )
     assert out_entities is not None
     outs = [out_words, out_entities]

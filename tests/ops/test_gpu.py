@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_cases import Case, assert_as_exact_as_eager, eager, run, with_gradients
 
 from luke_kernels import EntityAwareSelfAttention, PackedLengths, entity_aware_attention, entity_aware_attention_varlen
 
@@ -114,6 +115,47 @@ def test_more_sequences_than_a_grid_axis_holds():
     words = torch.randn(count, 4, 1, 16, device="cuda", dtype=torch.bfloat16)
     out, _ = entity_aware_attention_varlen(words, None, packed.cu_words, None, 1, 0, backend="triton")
     assert torch.equal(out, words[:, 3])  # a sequence of one token returns its value
+
+
+def test_more_numbers_than_32_bits_count():
+    """The last sequence, 2^31 elements away from the first, is as it is alone."""
+    length, entities_each, heads = 512, 8, 16
+    count = 2**31 // (length * 4 * heads * DIM) + 2
+    packed = PackedLengths.from_lengths([length] * count, [entities_each] * count).to("cuda")
+    words, entities = (
+        torch.randn(n * count, 4, heads, DIM, device="cuda", dtype=torch.bfloat16) for n in (length, entities_each)
+    )
+    assert words[:-length].numel() > 2**31
+
+    def step(w, e, lengths):
+        w, e = w.detach().requires_grad_(), e.detach().requires_grad_()
+        outs = entity_aware_attention_varlen(
+            w, e, lengths.cu_words, lengths.cu_entities, length, entities_each, backend="triton"
+        )
+        return *outs, *torch.autograd.grad(outs, (w, e), [out.detach() for out in outs])
+
+    last = words[-length:], entities[-entities_each:]
+    alone = step(*last, PackedLengths.from_lengths([length], [entities_each]).to("cuda"))
+    for ours, expected in zip(step(words, entities, packed), alone, strict=True):
+        assert torch.equal(ours[-len(expected) :], expected)
+
+
+def test_tf32_where_torch_allows_it():
+    case, exact = Case(130, 33, "ragged", DIM), torch.backends.cuda.matmul.fp32_precision
+    inputs, exists = case.inputs(torch.float32), case.exists()
+
+    def eager_of(tensors):
+        return with_gradients(lambda w, e: eager(w, e, *exists), tensors)
+
+    in_float32, truth = run(case, torch.float32, "triton"), eager_of([t.double() for t in inputs])
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        results, reference = run(case, torch.float32, "triton"), eager_of(inputs)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = exact
+    assert_as_exact_as_eager(results, case, torch.float32, against=(truth, reference))
+    assert_as_exact_as_eager(in_float32, case, torch.float32)
+    assert (results["out_words"] - truth["out_words"]).abs().max() > 1e-5  # 10 bits of mantissa were multiplied
 
 
 def test_peak_memory():

@@ -22,9 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.errors import TritonError
 
 from luke_kernels.ops import backends, dropout
 from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
+from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, load
 
 # (BLOCK_M rows, BLOCK_N keys, TAIL, num_warps, num_stages, maxnreg) by kernel and padded head_dim. Kernels loop over
 # whole blocks of one side, and over what is left in blocks of TAIL. Timed on an H100 (docs/backends.md): several small
@@ -40,25 +42,38 @@ HALF_CONFIGS: dict[str, dict[int, tuple]] = {
     "bwd_dq": {32: (64, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 2, None), 128: (64, 32, 32, 4, 2, None)},
     "bwd_dkdv": {32: (64, 64, 32, 4, 2, None), 64: (32, 64, 32, 4, 2, None), 128: (32, 64, 32, 8, 2, None)},
 }
-# fp32 products run on the FMA units, whose operands live in registers; some of these spill up to 360 bytes.
+# With dropout, on any GPU, not timed: draws need registers of their own.
+DROPOUT_CONFIGS: dict[str, dict[int, tuple]] = {
+    "fwd": {32: (64, 64, 32, 4, 2, None), 64: (64, 32, 16, 4, 2, None), 128: (64, 32, 16, 4, 2, None)},
+    "bwd_dq": {32: (64, 32, 32, 4, 2, None), 64: (64, 32, 16, 4, 2, None), 128: (64, 32, 16, 8, 2, None)},
+    "bwd_dkdv": {32: (32, 64, 32, 4, 2, None), 64: (32, 64, 16, 4, 2, None), 128: (32, 64, 16, 8, 2, None)},
+}
+# fp32 products run on the FMA units, whose operands live in registers.
 FLOAT32_CONFIGS: dict[str, dict[int, tuple]] = {
-    "fwd": {32: (64, 32, 32, 4, 2, None), 64: (64, 32, 32, 8, 2, None), 128: (32, 32, 32, 8, 2, None)},
-    "bwd_dq": {32: (64, 32, 32, 4, 2, None), 64: (32, 32, 32, 4, 2, None), 128: (32, 16, 16, 4, 2, None)},
+    "fwd": {32: (64, 32, 32, 4, 2, None), 64: (64, 32, 32, 8, 2, None), 128: (32, 16, 16, 8, 2, None)},
+    "bwd_dq": {32: (64, 32, 32, 4, 2, None), 64: (32, 32, 32, 4, 2, None), 128: (32, 16, 16, 8, 2, None)},
     "bwd_dkdv": {32: (32, 64, 32, 4, 2, None), 64: (32, 32, 32, 4, 2, None), 128: (16, 32, 16, 8, 2, None)},
 }
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 # Numbers of tokens change from batch to batch: specialising on them would compile again and again.
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _VARYING = ["num_words", "num_entities", "num_heads", "max_words", "max_entities", "threshold"]
 
 
-def config(kernel: str, capability: int, dtype: torch.dtype, block_d: int, dropout: bool) -> dict[str, int | None]:
+def config(kernel: str, capability: int, dtype: torch.dtype, block_d: int, dropout: bool) -> Tile:
     """Return the tile and launch configuration of "fwd", "bwd_dq" or "bwd_dkdv" for sm_`capability`."""
-    halves = HOPPER_CONFIGS if capability == 90 else HALF_CONFIGS
-    table = FLOAT32_CONFIGS if dtype == torch.float32 else halves
-    names = ("BLOCK_M", "BLOCK_N", "TAIL", "num_warps", "num_stages", "maxnreg")
-    tile = dict(zip(names, table[kernel][block_d], strict=True))
-    # Draws need registers of their own: under a cap they spill.
-    return tile | {"maxnreg": None} if dropout else tile
+    if dtype == torch.float32:
+        table = FLOAT32_CONFIGS
+    elif dropout:
+        table = DROPOUT_CONFIGS
+    else:
+        table = HOPPER_CONFIGS if capability == 90 else HALF_CONFIGS
+    return dict(zip(TILE_FIELDS, table[kernel][block_d], strict=True))
+
+
+def built_in_tile(key: Key, device: torch.device) -> Tile:
+    """Return the tile of a kernel on a GPU that was not tuned."""
+    return config(key.kernel, _capability(device), getattr(torch, key.dtype), key.block_d, key.dropout)
 
 
 @functools.cache
@@ -69,8 +84,32 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _config(kernel: str, words: Tensor, constants: dict[str, Any]) -> dict[str, int | None]:
-    return config(kernel, _capability(words.device), words.dtype, constants["BLOCK_D"], constants["DROPOUT"])
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _config(kernel: str, words: Tensor, layout: Layout, constants: dict[str, Any]) -> Tile:
+    """Return the tile that tune() found for such a call, or the built-in one."""
+    block_d, has_dropout = constants["BLOCK_D"], constants["DROPOUT"]
+    if tuned := load(words.device):
+        # As many blocks of 64 rows as the multiprocessors hold at a time, or fewer.
+        blocks = triton.cdiv(layout.max_words + layout.max_entities, 64) * words.shape[2] * layout.batch_size
+        small = blocks <= 4 * _multiprocessors(words.device)
+        key = Key(kernel, _DTYPE_NAMES[words.dtype], block_d, has_dropout, small)
+        if key in tuned:
+            return tuned[key]
+    return config(kernel, _capability(words.device), words.dtype, block_d, has_dropout)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    # For 16 every tile of dK/dV compiles to stmatrix on sm_90, the mark of the fault named at _gather_dkdv_blocks.
+    return max(32, triton.next_power_of_2(head_dim))
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """Return what a tile may raise that does not compile or does not fit."""
+    return (TritonError, RuntimeError)
 
 
 @triton.jit
@@ -142,14 +181,31 @@ def _draws(seed, sequence, head, num_heads, threshold, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def _kept(draws, row, column, row_is_entity, column_is_entity):
-    """Draw which elements are kept, by the rule of ops/dropout.py; rows and columns broadcast."""
+def _kept_fours(draws, group, row, row_is_entity, column_is_entity):
+    """Draw which elements are kept, by the rule of ops/dropout.py: (..., 2, 2) of the four columns of each group."""
     key, head_of_sequence, last, threshold = draws
     kinds = tl.cast(row_is_entity, tl.uint32) << 31 | tl.cast(column_is_entity, tl.uint32) << 30
-    draw0, draw1, draw2, draw3 = tl.philox(key, column // 4, row, head_of_sequence, last ^ kinds)
-    lane = column % 4
-    draw = tl.where(lane < 2, tl.where(lane == 0, draw0, draw1), tl.where(lane == 2, draw2, draw3))
-    return draw >= threshold
+    draw0, draw1, draw2, draw3 = tl.philox(key, group, row, head_of_sequence, last ^ kinds)
+    first, second = tl.join(draw0 >= threshold, draw2 >= threshold), tl.join(draw1 >= threshold, draw3 >= threshold)
+    return tl.join(first, second)
+
+
+@triton.jit
+def _kept(draws, row, row_is_entity, start_n, column_is_entity, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Draw which are kept of columns from start_n on, a multiple of 4: (BLOCK_M, BLOCK_N)."""
+    group = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    fours = _kept_fours(draws, group[None, :], row[:, None], row_is_entity[:, None], column_is_entity)
+    return tl.reshape(fours, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def _kept_transposed(
+    draws, row, ROWS_ARE_ENTITIES: tl.constexpr, start_n, column_is_entity, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Draw as _kept, transposed: (BLOCK_N, BLOCK_M)."""
+    group = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    fours = _kept_fours(draws, group[:, None], row[None, :], ROWS_ARE_ENTITIES, column_is_entity)
+    return tl.reshape(tl.permute(fours, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -176,7 +232,7 @@ def _attend_blocks(
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
         if DROPOUT:
-            kept = _kept(draws, row[:, None], offs_n[None, :], row_is_entity[:, None], KEYS_ARE_ENTITIES)
+            kept = _kept(draws, row, row_is_entity, start_n, KEYS_ARE_ENTITIES, q.shape[0], BLOCK_N)
             p = tl.where(kept, p, 0.0)
         v_tile = _load_tile(v, stride_t, start_n, length_n, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
@@ -257,7 +313,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
     constants = _constants(words, seed) | {"NEGATE": scale < 0}
-    constants |= _config("fwd", words, constants)
+    constants |= _config("fwd", words, layout, constants)
     blocks = triton.cdiv(layout.max_words + layout.max_entities, constants["BLOCK_M"])
     # The running max is taken before scaling, which holds for positive factors: queries take the sign, and a scale of
     # zero, which would turn the -inf of masked scores into NaN, becomes a tiny one.
@@ -295,7 +351,7 @@ def _gather_dq_blocks(
         p = tl.exp2(log_p)
         dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
         if DROPOUT:
-            kept = _kept(draws, row[:, None], offs_n[None, :], row_is_entity[:, None], KEYS_ARE_ENTITIES)
+            kept = _kept(draws, row, row_is_entity, start_n, KEYS_ARE_ENTITIES, q.shape[0], BLOCK_N)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -390,7 +446,7 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def _gather_dkdv_blocks(
-    dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, begin, length_m, scale, draws, keep_scale, offs_n,
+    dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, begin, length_m, scale, draws, keep_scale, start_n,
     column_is_entity, ROWS_ARE_ENTITIES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -414,7 +470,7 @@ def _gather_dkdv_blocks(
         dp_t = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
         kept_p_t = p_t
         if DROPOUT:
-            kept = _kept(draws, offs_m[None, :], offs_n[:, None], ROWS_ARE_ENTITIES, column_is_entity)
+            kept = _kept_transposed(draws, offs_m, ROWS_ARE_ENTITIES, start_n, column_is_entity, BLOCK_M, k.shape[0])
             kept_p_t = tl.where(kept, p_t, 0.0)
             dp_t = tl.where(kept, dp_t * keep_scale, 0.0)
         dv = tl.dot(kept_p_t.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
@@ -425,18 +481,18 @@ def _gather_dkdv_blocks(
 
 @triton.jit
 def _gather_dkdv(
-    dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, length_m, scale, draws, keep_scale, offs_n,
+    dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, length_m, scale, draws, keep_scale, start_n,
     column_is_entity, ROWS_ARE_ENTITIES: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add up the gradients, but for their factors, of a tile of keys over the rows of one kind."""
     whole = length_m // BLOCK_M * BLOCK_M
     dk, dv = _gather_dkdv_blocks(
-        dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, 0, whole, scale, draws, keep_scale, offs_n,
+        dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, 0, whole, scale, draws, keep_scale, start_n,
         column_is_entity, ROWS_ARE_ENTITIES, False, BLOCK_M, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
     )  # fmt: skip
     return _gather_dkdv_blocks(
-        dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, whole, length_m, scale, draws, keep_scale, offs_n,
+        dk, dv, k, v, q, stride_q, dout, stride_dout, lse, delta, whole, length_m, scale, draws, keep_scale, start_n,
         column_is_entity, ROWS_ARE_ENTITIES, True, TAIL, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
     )  # fmt: skip
 
@@ -484,12 +540,12 @@ def attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = _gather_dkdv(
         dk, dv, k, v, words + query_slot * stride_ws, stride_wt, dout_words, stride_dout_wt, lse + word_offset,
-        delta + word_offset, length_w, scale, draws, keep_scale, offs_n, column_is_entity, False, BLOCK_M, TAIL,
+        delta + word_offset, length_w, scale, draws, keep_scale, start_n, column_is_entity, False, BLOCK_M, TAIL,
         HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, entities + query_slot * stride_es, stride_et, dout_entities, stride_dout_et,
-        lse + num_words + entity_offset, delta + num_words + entity_offset, length_e, scale, draws, keep_scale, offs_n,
+        lse + num_words + entity_offset, delta + num_words + entity_offset, length_e, scale, draws, keep_scale, start_n,
         column_is_entity, True, BLOCK_M, TAIL, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
     )  # fmt: skip
 
@@ -522,12 +578,12 @@ def backward(
     numbers = _numbers(words, entities, layout, scale, dropout_p)
     heads_of_batch = words.shape[2] * layout.batch_size
 
-    dq = constants | _config("bwd_dq", words, constants)
+    dq = constants | _config("bwd_dq", words, layout, constants)
     blocks = triton.cdiv(layout.max_words + layout.max_entities, dq["BLOCK_M"])
     tensors_dq = (words, entities, out, lse, *tensors)
     _launch(attention_bwd_dq_kernel, blocks * heads_of_batch, tensors_dq, strides, numbers, dq)
 
-    dkdv = constants | _config("bwd_dkdv", words, constants)
+    dkdv = constants | _config("bwd_dkdv", words, layout, constants)
     blocks = triton.cdiv(layout.max_words, dkdv["BLOCK_N"]) + triton.cdiv(layout.max_entities, dkdv["BLOCK_N"])
     tensors_dkdv = (words, entities, *tensors)
     _launch(attention_bwd_dkdv_kernel, blocks * heads_of_batch, tensors_dkdv, strides, numbers, dkdv)
@@ -545,8 +601,7 @@ def _constants(words: Tensor, seed: Tensor | None) -> dict[str, Any]:
     return {
         "STACK": stack,
         "HEAD_DIM": head_dim,
-        # For 16 every tile of dK/dV compiles to stmatrix on sm_90, the mark of the fault named at _gather_dkdv_blocks.
-        "BLOCK_D": max(32, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": padded_head_dim(head_dim),
         "DROPOUT": seed is not None,
         "PRECISION": "tf32" if tf32 else "ieee",
         # Triton 3.9 warns, and 3.10 leaves it off, where a caller does not choose.

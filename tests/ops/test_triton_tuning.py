@@ -1,0 +1,133 @@
+"""tune() and the file it keeps tiles in. Without a GPU: in the interpreter, and with times that the test makes up."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from attention_cases import INTERPRETED
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from luke_kernels import tune, tuning
+from luke_kernels.ops import backends, tuned
+from luke_kernels.ops.backends import triton as backend
+from luke_kernels.ops.layout import Layout
+
+CPU = torch.device("cpu")
+KEY = tuned.Key("fwd", "float32", 32, False, True)
+TILE = dict(zip(tuned.TILE_FIELDS, (16, 16, 16, 4, 2, None), strict=True))
+OTHER = TILE | {"BLOCK_N": 32}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUKE_KERNELS_CACHE", str(tmp_path / "cache"))
+    tuned.load.cache_clear()
+    yield tmp_path / "cache"
+    tuned.load.cache_clear()
+
+
+def test_tiles_are_kept_between_processes(cache):
+    assert tuned.load(CPU) == {}
+    path = tuned.save(CPU, {KEY: TILE, KEY._replace(small=False): OTHER})
+    assert [p.name for p in cache.iterdir()] == [path.name]
+    tuned.load.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        assert tuned.load(CPU) == {KEY: TILE, KEY._replace(small=False): OTHER}
+
+
+def test_a_stale_file_is_ignored_with_one_warning():
+    path = tuned.save(CPU, {KEY: TILE})
+    content = json.loads(path.read_text())
+    for name in ("gpu", "torch", "triton", "kernels"):
+        stale = content | {"fingerprint": content["fingerprint"] | {name: "another"}}
+        path.write_text(json.dumps(stale))
+        tuned.load.cache_clear()
+        with pytest.warns(UserWarning, match=f"are of {name} another: ignored") as caught:
+            assert tuned.load(CPU) == tuned.load(CPU) == {}
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"tiles": [{"key": {}, "tile": {}}]}', '{"tiles": 1}', "\x00"])
+def test_a_damaged_file_is_ignored_with_a_warning(text):
+    path = tuned.save(CPU, {KEY: TILE})
+    path.write_text(text)
+    tuned.load.cache_clear()
+    with pytest.warns(UserWarning, match="must hold tuned tiles, got"):
+        assert tuned.load(CPU) == {}
+
+
+def test_the_backend_takes_the_tile_of_the_size_of_the_grid(monkeypatch):
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 10)
+    constants = {"BLOCK_D": 32, "DROPOUT": False}
+    words = torch.empty(1, 4, 2, 32)
+    small, large = (Layout(None, None, None, None, batch, 100, 60, True) for batch in (6, 7))  # 36 and 42 blocks
+    assert backend._config("fwd", words, small, constants) == backend.config("fwd", 0, torch.float32, 32, False)
+    tuned.load(CPU).update({KEY: TILE, KEY._replace(small=False): OTHER})
+    assert backend._config("fwd", words, small, constants) == TILE
+    assert backend._config("fwd", words, large, constants) == OTHER
+    for others in (("bwd_dq", constants), ("fwd", constants | {"DROPOUT": True}), ("fwd", constants | {"BLOCK_D": 64})):
+        assert backend._config(others[0], words, small, others[1]) not in (TILE, OTHER)
+
+
+@INTERPRETED
+def test_tune_keeps_the_fastest_that_is_right(monkeypatch):
+    """A wrong tile would win; one does not compile; the fastest of the rest is kept, where it gains enough."""
+    wrong, failing, fast = OTHER, TILE | {"num_warps": 8}, TILE | {"TAIL": 32, "BLOCK_M": 32, "BLOCK_N": 32}
+    monkeypatch.setattr(backend, "config", lambda *key: TILE)
+    monkeypatch.setattr(tuning, "candidates", lambda key: [TILE, wrong, failing, fast])
+    monkeypatch.setattr(tuning, "SHAPES", {True: (1, 20, 5), False: (2, 20, 5)})
+    forward, used = backend.forward, []
+
+    def spoiled(words, entities, layout, *options):
+        tile = tuned.load(CPU).get(KEY, TILE)
+        used.append(tile)
+        if tile == failing:
+            raise RuntimeError("out of resource: shared memory")
+        out, lse = forward(words, entities, layout, *options)
+        return (out + 1e-3, lse) if tile == wrong else (out, lse)
+
+    def milliseconds(run):
+        run()
+        return {json.dumps(TILE): 1.0, json.dumps(fast): 0.99 if results else 0.5}[json.dumps(used[-1])]
+
+    results = []
+    monkeypatch.setattr(backend, "forward", spoiled)
+    monkeypatch.setattr(tuning, "_BLOCKS", {"fwd": ()})
+    for result in tuning.tune_each(32, 2, torch.float32, False, CPU, milliseconds):
+        results.append(result)
+    small, large = results
+    assert (small.key, small.tile, small.ms, small.built_in_ms) == (KEY, fast, 0.5, 1.0)
+    assert (small.tried, small.wrong, small.failed) == (4, 1, 1)
+    assert (large.key, large.tile, large.ms) == (KEY._replace(small=False), TILE, 1.0)
+    tuned.load.cache_clear()
+    assert tuned.load(CPU) == {KEY: fast, KEY._replace(small=False): TILE}
+
+
+def test_candidates_hold_blocks_that_triton_takes():
+    for kernel in tuning._BLOCKS:
+        for dtype in ("float32", "bfloat16"):
+            found = tuning.candidates(tuned.Key(kernel, dtype, 64, False, True))
+            assert len(found) == len({tuple(tile.items()) for tile in found}) >= 10
+            assert all(tile[name] % 16 == 0 for tile in found for name in ("BLOCK_M", "BLOCK_N", "TAIL"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_message_says_so():
+    with pytest.raises(NotImplementedError, match="tune must have tensors that the triton backend takes, got cuda"):
+        tune()
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        tune(head_dim=0)
+
+
+@pytest.mark.gpu
+def test_tune_on_a_gpu(monkeypatch):
+    """The whole of it, with two tiles."""
+    monkeypatch.setattr(tuning, "SHAPES", {True: (1, 64, 8)})
+    candidates = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda key: candidates(key)[:2])
+    results = tune(head_dim=64, num_heads=2, dtype=torch.bfloat16)
+    assert [result.key.kernel for result in results] == ["fwd", "bwd_dq", "bwd_dkdv"]
+    assert all(0 < result.ms <= result.built_in_ms and result.wrong == 0 for result in results)
+    assert backends.load("triton") is backend
