@@ -60,6 +60,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 _VARYING = ["num_words", "num_entities", "num_heads", "max_words", "max_entities", "threshold"]
 
 
+@functools.cache
 def config(kernel: str, capability: int, dtype: torch.dtype, block_d: int, dropout: bool) -> Tile:
     """Return the tile and launch configuration of "fwd", "bwd_dq" or "bwd_dkdv" for sm_`capability`."""
     if dtype == torch.float32:
@@ -94,7 +95,7 @@ def _config(kernel: str, words: Tensor, layout: Layout, constants: dict[str, Any
     block_d, has_dropout = constants["BLOCK_D"], constants["DROPOUT"]
     if tuned := load(words.device):
         # As many blocks of 64 rows as the multiprocessors hold at a time, or fewer.
-        blocks = triton.cdiv(layout.max_words + layout.max_entities, 64) * words.shape[2] * layout.batch_size
+        blocks = _cdiv(layout.max_words + layout.max_entities, 64) * words.shape[2] * layout.batch_size
         small = blocks <= 4 * _multiprocessors(words.device)
         key = Key(kernel, _DTYPE_NAMES[words.dtype], block_d, has_dropout, small)
         if key in tuned:
@@ -102,9 +103,14 @@ def _config(kernel: str, words: Tensor, layout: Layout, constants: dict[str, Any
     return config(kernel, _capability(words.device), words.dtype, block_d, has_dropout)
 
 
+def _cdiv(numerator: int, denominator: int) -> int:
+    # Triton's own is a function of kernels too, which costs as much as the rest of a call.
+    return -(-numerator // denominator)
+
+
 def padded_head_dim(head_dim: int) -> int:
     # For 16 every tile of dK/dV compiles to stmatrix on sm_90, the mark of the fault named at _gather_dkdv_blocks.
-    return max(32, triton.next_power_of_2(head_dim))
+    return max(32, 1 << (head_dim - 1).bit_length())
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -314,7 +320,7 @@ def forward(
     out, lse = empty_outputs(words, entities, layout.covers_rows)
     constants = _constants(words, seed) | {"NEGATE": scale < 0}
     constants |= _config("fwd", words, layout, constants)
-    blocks = triton.cdiv(layout.max_words + layout.max_entities, constants["BLOCK_M"])
+    blocks = _cdiv(layout.max_words + layout.max_entities, constants["BLOCK_M"])
     # The running max is taken before scaling, which holds for positive factors: queries take the sign, and a scale of
     # zero, which would turn the -inf of masked scores into NaN, becomes a tiny one.
     factor = max(abs(scale), 1e-30) * math.log2(math.e)
@@ -579,12 +585,12 @@ def backward(
     heads_of_batch = words.shape[2] * layout.batch_size
 
     dq = constants | _config("bwd_dq", words, layout, constants)
-    blocks = triton.cdiv(layout.max_words + layout.max_entities, dq["BLOCK_M"])
+    blocks = _cdiv(layout.max_words + layout.max_entities, dq["BLOCK_M"])
     tensors_dq = (words, entities, out, lse, *tensors)
     _launch(attention_bwd_dq_kernel, blocks * heads_of_batch, tensors_dq, strides, numbers, dq)
 
     dkdv = constants | _config("bwd_dkdv", words, layout, constants)
-    blocks = triton.cdiv(layout.max_words, dkdv["BLOCK_N"]) + triton.cdiv(layout.max_entities, dkdv["BLOCK_N"])
+    blocks = _cdiv(layout.max_words, dkdv["BLOCK_N"]) + _cdiv(layout.max_entities, dkdv["BLOCK_N"])
     tensors_dkdv = (words, entities, *tensors)
     _launch(attention_bwd_dkdv_kernel, blocks * heads_of_batch, tensors_dkdv, strides, numbers, dkdv)
     return dwords, dentities
