@@ -1,5 +1,6 @@
 """tune(): the fastest tiles of the Triton kernels on this machine's GPU, found by timing, kept for later processes."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,11 +11,16 @@ from torch import Tensor
 
 from luke_kernels.ops.backends import reason_against
 from luke_kernels.ops.layout import Layout
-from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, load, path_of, save
+from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, keep, load, path_of
 from luke_kernels.selfcheck import check_backend
 
-# (batch, words, entities) of a small grid and of one that fills any GPU.
-SHAPES = {True: (1, 512, 64), False: (32, 512, 128)}
+# (batch, words, entities), by whether the grid is small: the first that is so on a GPU is timed.
+SHAPES = {
+    True: ((1, 512, 64), (1, 256, 32), (1, 128, 16), (1, 64, 8)),
+    False: tuple((batch, 512, 128) for batch in (32, 64, 128, 256, 512)),
+}
+# Words and entities that a tile is checked on: its loops over whole blocks run a few times, of either kind.
+CHECKED = 700, 300
 # What must be gained over the built-in tile, more than noise.
 LEAST_GAIN = 0.02
 _BLOCKS = {
@@ -26,9 +32,10 @@ _FLOAT32_BLOCKS = ((16, 32), (32, 16), (32, 32), (64, 32), (32, 64))
 
 
 class Tuned(NamedTuple):
-    """The tile chosen for a kernel, its milliseconds and those of the built-in tile; how many were tried.
+    """The tile chosen for a kernel, milliseconds with it and with the built-in one; how many were tried.
 
-    `wrong` and `failed` say how many gave wrong results, or did not compile or fit.
+    The times are of the forward, or of the whole backward. `wrong` and `failed` say how many gave wrong results, or did
+    not compile or fit.
     """
 
     key: Key
@@ -104,16 +111,27 @@ def tune_each(
         raise NotImplementedError(
             f"tune must have tensors that the triton backend takes, got {device} tensors: {reason}"
         )
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     from luke_kernels.ops.backends import triton as backend
 
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     for small, kernel in itertools.product(SHAPES, _BLOCKS):
-        run = _bind(kernel, SHAPES[small], num_heads, head_dim, dtype, dropout, device)
+        shape = _shape(small, num_heads, device)
         key = Key(kernel, str(dtype).removeprefix("torch."), backend.padded_head_dim(head_dim), dropout, small)
-        tuned = _tune_kernel(key, run, device, head_dim, milliseconds)
-        save(device, load(device))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            run = _bind(kernel, shape, num_heads, head_dim, dtype, dropout, device)
+            tuned = _tune_kernel(key, run, device, head_dim, milliseconds)
+        keep(device, key, tuned.tile)
         yield tuned
+
+
+def _shape(small: bool, num_heads: int, device: torch.device) -> tuple[int, int, int]:
+    from luke_kernels.ops.backends import triton as backend
+
+    for batch, num_words, num_entities in SHAPES[small]:
+        if backend.is_small(batch, num_words + num_entities, num_heads, device) == small:
+            return batch, num_words, num_entities
+    raise ValueError(f"num_heads must give a {'small' if small else 'large'} grid for some batch, got {num_heads}")
 
 
 def _tune_kernel(
@@ -123,40 +141,44 @@ def _tune_kernel(
     head_dim: int,
     milliseconds: Callable[[Callable[[], object]], float],
 ) -> Tuned:
-    """Leave the winner among the tiles that the backend reads."""
     from luke_kernels.ops.backends import triton as backend
 
-    # The checks run on small grids.
-    keys = [key._replace(small=small) for small in (True, False)]
+    dtypes, dropout_p = (getattr(torch, key.dtype),), 0.1 if key.dropout else 0.0
     tiles = load(device)
+    # The checks may be of a small grid where a large one is timed.
+    keys = [key._replace(small=small) for small in (True, False)]
     before = {k: tiles[k] for k in keys if k in tiles}
+
+    def time(tile: Tile) -> float | None:
+        tiles.update(dict.fromkeys(keys, tile))
+        checks = check_backend("triton", device, dtypes, head_dim, dropout_p, CHECKED)
+        return milliseconds(run) if all(check.passed for check in checks) else None
+
     built_in = backend.built_in_tile(key, device)
+    others = [tile for tile in candidates(key) if tile != built_in]
     times: list[tuple[float, Tile]] = []
     wrong = failed = 0
-    others = [tile for tile in candidates(key) if tile != built_in]
     try:
-        for tile in (built_in, *others):
-            tiles.update(dict.fromkeys(keys, tile))
+        built_in_ms = time(built_in)
+        if built_in_ms is None:
+            raise RuntimeError(f"the built-in tile must be right, got wrong results of {key}")
+        for tile in others:
             try:
-                dtype = getattr(torch, key.dtype)
-                checks = check_backend("triton", device, (dtype,), head_dim, 0.1 if key.dropout else 0.0)
-                if all(check.passed for check in checks):
-                    times.append((milliseconds(run), tile))
-                else:
-                    wrong += 1
+                ms = time(tile)
             except backend.failures():
                 failed += 1
+                continue
+            if ms is None:
+                wrong += 1
+            else:
+                times.append((ms, tile))
     finally:
         for k in keys:
             tiles.pop(k, None)
         tiles.update(before)
-    if not times or times[0][1] is not built_in:
-        raise RuntimeError(f"the built-in tile of {key} must run and be right, got {wrong} wrong, {failed} failed")
-    built_in_ms = times[0][0]
-    ms, tile = min(times, key=lambda timed: timed[0])
+    ms, tile = min(times, key=lambda timed: timed[0], default=(built_in_ms, built_in))
     if ms > built_in_ms * (1 - LEAST_GAIN):
-        ms, tile = times[0]
-    tiles[key] = tile
+        ms, tile = built_in_ms, built_in
     return Tuned(key, tile, ms, built_in_ms, 1 + len(others), wrong, failed)
 
 

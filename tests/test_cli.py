@@ -1,6 +1,7 @@
 """The command line: what doctor prints, and how errors look."""
 
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -57,6 +58,10 @@ def test_version():
 
 def test_a_nan_does_not_pass():
     assert not selfcheck.Check("cpu", torch.float32, float("nan"), 1e-6, 0.1).passed
+    right = [torch.zeros(2, dtype=torch.float64)] * 3
+    for place in range(3):
+        results = [*right[:place], torch.tensor([0, torch.nan]), *right[place + 1 :]]
+        assert math.isnan(selfcheck._distance(results, right))
 
 
 @pytest.fixture

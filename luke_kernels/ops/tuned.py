@@ -1,13 +1,12 @@
 """Tiles that tune() timed on this machine's GPUs, kept between processes for the Triton backend."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,33 +53,51 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 @functools.cache
 def load(device: torch.device) -> dict[Key, Tile]:
     """Return the tiles kept for a GPU. A file that is stale or damaged is ignored, with one warning."""
-    path = path_of(device)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        tiles = {Key(**entry["key"]): {name: entry["tile"][name] for name in TILE_FIELDS} for entry in found["tiles"]}
-        then, now = found["fingerprint"], fingerprint(device)
-        if then != now:
-            of = ", ".join(f"{name} {then.get(name)}" for name in now if then.get(name) != now[name])
-            warnings.warn(f"the tuned tiles in {path} are of {of}: ignored (luke-kernels tune)", stacklevel=2)
-            return {}
+        path = path_of(device)
+    except RuntimeError:  # no home
+        return {}
+    try:
+        tiles, then = _read(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"{path} must hold tuned tiles, got {error!r}: ignored (luke-kernels tune)", stacklevel=2)
         return {}
+    now = fingerprint(device)
+    if then != now:
+        of = ", ".join(f"{name} {then.get(name)}" for name in now if then.get(name) != now[name])
+        warnings.warn(f"the tuned tiles in {path} are of {of}: ignored (luke-kernels tune)", stacklevel=2)
+        return {}
     return tiles
 
 
-def save(device: torch.device, tiles: Mapping[Key, Tile]) -> Path:
-    """Write the tiles of a GPU, all of them, in place of what was there."""
+def keep(device: torch.device, key: Key, tile: Tile) -> Path:
+    """Set a tile of a GPU, for this process and in the file, whose other tiles stay unless they are stale."""
+    load(device)[key] = tile
     path = path_of(device)
+    tiles: dict[Key, Tile] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        # Anew: other processes may have kept some.
+        found, then = _read(path)
+        tiles = found if then == fingerprint(device) else {}
+    tiles[key] = tile
     entries = [{"key": key._asdict(), "tile": tile} for key, tile in sorted(tiles.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Aside first: another process may be reading.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-        json.dump({"fingerprint": fingerprint(device), "tiles": entries}, file, indent=1)
-    os.replace(file.name, path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps({"fingerprint": fingerprint(device), "tiles": entries}, indent=1), encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
+
+
+def _read(path: Path) -> tuple[dict[Key, Tile], dict[str, str]]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    tiles = {Key(**entry["key"]): {name: entry["tile"][name] for name in TILE_FIELDS} for entry in found["tiles"]}
+    return tiles, dict(found["fingerprint"])
 
 
 def _gpu(device: torch.device) -> str:

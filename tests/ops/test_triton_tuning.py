@@ -30,15 +30,45 @@ def cache(tmp_path, monkeypatch):
 
 def test_tiles_are_kept_between_processes(cache):
     assert tuned.load(CPU) == {}
-    path = tuned.save(CPU, {KEY: TILE, KEY._replace(small=False): OTHER})
+    path = tuned.keep(CPU, KEY, TILE)
+    assert tuned.load(CPU) == {KEY: TILE}
     assert [p.name for p in cache.iterdir()] == [path.name]
+    # Another process, which read the file before a third wrote to it, keeps what it does not set.
+    another = KEY._replace(small=False)
+    tuned.load(CPU).clear()
+    tuned.keep(CPU, another, OTHER)
     tuned.load.cache_clear()
     with warnings.catch_warnings(action="error"):
-        assert tuned.load(CPU) == {KEY: TILE, KEY._replace(small=False): OTHER}
+        assert tuned.load(CPU) == {KEY: TILE, another: OTHER}
+
+
+def test_what_fails_half_way_leaves_the_file(cache, monkeypatch):
+    path = tuned.keep(CPU, KEY, TILE)
+    before = path.read_text()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tuned.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tuned.keep(CPU, KEY, OTHER)
+    assert [p.name for p in cache.iterdir()] == [path.name]
+    assert path.read_text() == before
+
+
+def test_without_a_home_nothing_is_tuned(monkeypatch):
+    monkeypatch.delenv("LUKE_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuned.Path, "home", fail)
+    assert tuned.load(CPU) == {}
 
 
 def test_a_stale_file_is_ignored_with_one_warning():
-    path = tuned.save(CPU, {KEY: TILE})
+    path = tuned.keep(CPU, KEY, TILE)
     content = json.loads(path.read_text())
     for name in ("gpu", "torch", "triton", "kernels"):
         stale = content | {"fingerprint": content["fingerprint"] | {name: "another"}}
@@ -47,11 +77,15 @@ def test_a_stale_file_is_ignored_with_one_warning():
         with pytest.warns(UserWarning, match=f"are of {name} another: ignored") as caught:
             assert tuned.load(CPU) == tuned.load(CPU) == {}
         assert len(caught) == 1
+    # Its tiles do not come back.
+    tuned.keep(CPU, KEY._replace(small=False), OTHER)
+    tuned.load.cache_clear()
+    assert tuned.load(CPU) == {KEY._replace(small=False): OTHER}
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"tiles": [{"key": {}, "tile": {}}]}', '{"tiles": 1}', "\x00"])
 def test_a_damaged_file_is_ignored_with_a_warning(text):
-    path = tuned.save(CPU, {KEY: TILE})
+    path = tuned.keep(CPU, KEY, TILE)
     path.write_text(text)
     tuned.load.cache_clear()
     with pytest.warns(UserWarning, match="must hold tuned tiles, got"):
@@ -77,7 +111,8 @@ def test_tune_keeps_the_fastest_that_is_right(monkeypatch):
     wrong, failing, fast = OTHER, TILE | {"num_warps": 8}, TILE | {"TAIL": 32, "BLOCK_M": 32, "BLOCK_N": 32}
     monkeypatch.setattr(backend, "config", lambda *key: TILE)
     monkeypatch.setattr(tuning, "candidates", lambda key: [TILE, wrong, failing, fast])
-    monkeypatch.setattr(tuning, "SHAPES", {True: (1, 20, 5), False: (2, 20, 5)})
+    monkeypatch.setattr(tuning, "SHAPES", {True: ((1, 20, 5),), False: ((2, 20, 5), (3, 20, 5))})
+    monkeypatch.setattr(tuning, "CHECKED", (40, 35))
     forward, used = backend.forward, []
 
     def spoiled(words, entities, layout, *options):
@@ -95,6 +130,8 @@ def test_tune_keeps_the_fastest_that_is_right(monkeypatch):
     results = []
     monkeypatch.setattr(backend, "forward", spoiled)
     monkeypatch.setattr(tuning, "_BLOCKS", {"fwd": ()})
+    # Two heads: the second batch of the large ones is the first that is large.
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 1)
     for result in tuning.tune_each(32, 2, torch.float32, False, CPU, milliseconds):
         results.append(result)
     small, large = results
@@ -103,6 +140,28 @@ def test_tune_keeps_the_fastest_that_is_right(monkeypatch):
     assert (large.key, large.tile, large.ms) == (KEY._replace(small=False), TILE, 1.0)
     tuned.load.cache_clear()
     assert tuned.load(CPU) == {KEY: fast, KEY._replace(small=False): TILE}
+
+
+def test_the_shape_that_is_timed_is_of_its_size(monkeypatch):
+    for multiprocessors, num_heads in ((28, 16), (132, 64), (132, 1), (132, 16)):
+        monkeypatch.setattr(backend, "_multiprocessors", lambda device, count=multiprocessors: count)
+        for small in (True, False):
+            batch, words, entities = tuning._shape(small, num_heads, CPU)
+            assert backend.is_small(batch, words + entities, num_heads, CPU) == small
+    with pytest.raises(ValueError, match="num_heads must give a small grid for some batch, got 10000"):
+        tuning._shape(True, 10_000, CPU)
+
+
+@INTERPRETED
+def test_an_error_of_the_built_in_tile_is_not_hidden(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(backend, "backward", fail)
+    monkeypatch.setattr(tuning, "CHECKED", (5, 3))
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        next(tuning.tune_each(32, 2, torch.float32, False, CPU, lambda run: 1.0))
+    assert tuned.load(CPU) == {}
 
 
 def test_candidates_hold_blocks_that_triton_takes():
@@ -124,7 +183,7 @@ def test_without_a_gpu_the_message_says_so():
 @pytest.mark.gpu
 def test_tune_on_a_gpu(monkeypatch):
     """The whole of it, with two tiles."""
-    monkeypatch.setattr(tuning, "SHAPES", {True: (1, 64, 8)})
+    monkeypatch.setattr(tuning, "SHAPES", {True: ((1, 64, 8),)})
     candidates = tuning.candidates
     monkeypatch.setattr(tuning, "candidates", lambda key: candidates(key)[:2])
     results = tune(head_dim=64, num_heads=2, dtype=torch.bfloat16)

@@ -49,7 +49,11 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def _triton_missing() -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if INTERPRETING or torch.cuda.is_available():
+    if INTERPRETING:
+        return None
+    if torch.version.hip is not None:
+        return f"tiles are for CUDA, got ROCm {torch.version.hip}"
+    if torch.cuda.is_available():
         return None
     return "no GPU that torch can see (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
 

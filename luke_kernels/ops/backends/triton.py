@@ -29,8 +29,8 @@ from luke_kernels.ops.layout import Layout, empty_gradients, empty_outputs
 from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, load
 
 # (BLOCK_M rows, BLOCK_N keys, TAIL, num_warps, num_stages, maxnreg) by kernel and padded head_dim. Kernels loop over
-# whole blocks of one side, and over what is left in blocks of TAIL. Timed on an H100 (docs/backends.md): several small
-# blocks a multiprocessor beat few large ones, so registers are capped where one more block fits.
+# whole blocks of one side, and over what is left in blocks of TAIL. Those of 64 were timed on an H100: several small
+# blocks a multiprocessor beat few large ones, so registers are capped where one more block fits (docs/backends.md).
 HOPPER_CONFIGS: dict[str, dict[int, tuple]] = {
     "fwd": {32: (128, 64, 32, 4, 3, None), 64: (64, 64, 32, 4, 3, 128), 128: (64, 64, 32, 4, 3, None)},
     "bwd_dq": {32: (128, 64, 32, 4, 3, None), 64: (64, 32, 32, 4, 4, 128), 128: (64, 64, 32, 4, 2, None)},
@@ -90,13 +90,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def is_small(batch_size: int, num_tokens: int, num_heads: int, device: torch.device) -> bool:
+    """Return whether blocks of 64 rows are no more than four a multiprocessor, about what it holds at a time."""
+    return _cdiv(num_tokens, 64) * num_heads * batch_size <= 4 * _multiprocessors(device)
+
+
 def _config(kernel: str, words: Tensor, layout: Layout, constants: dict[str, Any]) -> Tile:
     """Return the tile that tune() found for such a call, or the built-in one."""
     block_d, has_dropout = constants["BLOCK_D"], constants["DROPOUT"]
     if tuned := load(words.device):
-        # As many blocks of 64 rows as the multiprocessors hold at a time, or fewer.
-        blocks = _cdiv(layout.max_words + layout.max_entities, 64) * words.shape[2] * layout.batch_size
-        small = blocks <= 4 * _multiprocessors(words.device)
+        tokens = layout.max_words + layout.max_entities
+        small = is_small(layout.batch_size, tokens, words.shape[2], words.device)
         key = Key(kernel, _DTYPE_NAMES[words.dtype], block_d, has_dropout, small)
         if key in tuned:
             return tuned[key]
@@ -271,6 +275,8 @@ def attention_fwd_kernel(
     NEGATE: tl.constexpr, STACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # Three slots may be more than 2^31 elements.
+    stride_ws, stride_es = tl.cast(stride_ws, tl.int64), tl.cast(stride_es, tl.int64)
     sequence, head, block = _program(tl.cdiv(max_words + max_entities, BLOCK_M), num_heads)
     word_offset, length_w = _place(word_offsets, word_lengths, sequence, num_words, max_words)
     entity_offset, length_e = _place(entity_offsets, entity_lengths, sequence, num_entities, max_entities)
@@ -318,8 +324,8 @@ def forward(
     words: Tensor, entities: Tensor, layout: Layout, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_outputs(words, entities, layout.covers_rows)
-    constants = _constants(words, seed) | {"NEGATE": scale < 0}
-    constants |= _config("fwd", words, layout, constants)
+    constants = _constants(words, seed)
+    constants = constants | {"NEGATE": scale < 0} | _config("fwd", words, layout, constants)
     blocks = _cdiv(layout.max_words + layout.max_entities, constants["BLOCK_M"])
     # The running max is taken before scaling, which holds for positive factors: queries take the sign, and a scale of
     # zero, which would turn the -inf of masked scores into NaN, becomes a tiny one.
@@ -394,6 +400,8 @@ def attention_bwd_dq_kernel(
 ):  # fmt: skip
     """Write the gradients of the queries; and for the kernel of dK and dV, statistics (2, H, Tw + Te): lse in base 2
     and delta."""
+    # Three slots may be more than 2^31 elements.
+    stride_ws, stride_es = tl.cast(stride_ws, tl.int64), tl.cast(stride_es, tl.int64)
     sequence, head, block = _program(tl.cdiv(max_words + max_entities, BLOCK_M), num_heads)
     word_offset, length_w = _place(word_offsets, word_lengths, sequence, num_words, max_words)
     entity_offset, length_e = _place(entity_offsets, entity_lengths, sequence, num_entities, max_entities)
@@ -513,6 +521,7 @@ def attention_bwd_dkdv_kernel(
     STACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    stride_ws, stride_es = tl.cast(stride_ws, tl.int64), tl.cast(stride_es, tl.int64)
     word_blocks = tl.cdiv(max_words, BLOCK_N)
     sequence, head, block = _program(word_blocks + tl.cdiv(max_entities, BLOCK_N), num_heads)
     word_offset, length_w = _place(word_offsets, word_lengths, sequence, num_words, max_words)
@@ -603,12 +612,16 @@ def _constants(words: Tensor, seed: Tensor | None) -> dict[str, Any]:
     """Return the compile-time constants that all kernels share."""
     # The new name of allow_tf32: reading the old one raises once the new one was set.
     tf32 = words.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    stack, _, head_dim = words.shape[1:]
+    return _constants_of(words.shape[1], words.shape[3], seed is not None, tf32)
+
+
+@functools.cache
+def _constants_of(stack: int, head_dim: int, has_dropout: bool, tf32: bool) -> dict[str, Any]:
     return {
         "STACK": stack,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
-        "DROPOUT": seed is not None,
+        "DROPOUT": has_dropout,
         "PRECISION": "tf32" if tf32 else "ieee",
         # Triton 3.9 warns, and 3.10 leaves it off, where a caller does not choose.
         "enable_fp_fusion": True,
