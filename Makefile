@@ -16,8 +16,8 @@ SOURCES := $(shell find luke_kernels csrc -name '*.py' -o -name '*.pyi' -o -name
 .PHONY: test test-all demo lint sanitize build clean
 
 test: $(VENV)/wheel $(VENV)/tools $(TRITON36) $(TRANSFORMERS4)
-	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto $(PYTEST_ARGS)
-	LUKE_KERNELS_TEST_INSTALLED=1 PYTHONPATH=$(TRANSFORMERS4) $(BIN)/pytest -n auto $(PYTEST_ARGS) tests/parity
+	LUKE_KERNELS_TEST_INSTALLED=1 LUKE_KERNELS_TRITON36=$(abspath $(TRITON36)) $(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
+	LUKE_KERNELS_TEST_INSTALLED=1 PYTHONPATH=$(TRANSFORMERS4) $(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS) tests/parity
 
 test-all: PYTEST_ARGS += -m "slow or not slow"
 test-all: test
@@ -39,7 +39,7 @@ sanitize: $(VENV)/tools
 	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/sanitize .
 	CXXFLAGS="$(SANITIZE)" PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		LUKE_KERNELS_TEST_INSTALLED=1 $(BIN)/pytest -n auto -p no:cacheprovider tests/ops -k cpu
+		LUKE_KERNELS_TEST_INSTALLED=1 $(BIN)/pytest -n auto --dist worksteal -p no:cacheprovider tests/ops -k cpu
 	$${CXX:-c++} -std=c++17 -g -O1 -march=x86-64-v3 -DLUKE_ISA=avx2 tests/cpp/test_kernels.cpp -o build/sanitize/test_kernels
 	valgrind --quiet --error-exitcode=1 build/sanitize/test_kernels
 
