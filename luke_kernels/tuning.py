@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from luke_kernels.ops.backends import reason_against
 from luke_kernels.ops.layout import Layout
-from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, keep, load, path_of
+from luke_kernels.ops.tuned import TILE_FIELDS, Key, Tile, cache_folder, keep, load, path_of
 from luke_kernels.selfcheck import check_backend
 
 # (batch, words, entities), by whether the grid is small: the first that is so on a GPU is timed.
@@ -71,17 +72,30 @@ def tune(
         Six entries: three kernels, for small grids and large ones.
 
     Raises:
-        ValueError: head_dim or num_heads is not positive.
-        NotImplementedError: the Triton backend cannot serve this; the message says why.
+        TypeError, ValueError: an argument is not what it must be.
+        OSError: the cache folder cannot be written to.
+        NotImplementedError: there is no GPU, or the Triton backend cannot serve this; the message says why.
     """
-    return list(tune_each(head_dim, num_heads, dtype, dropout, torch.device(device), _milliseconds))
+    return list(tune_each(head_dim, num_heads, dtype, dropout, _gpu(device), _milliseconds))
+
+
+def _gpu(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type != "cuda":
+        raise ValueError(f"device must be a GPU, cuda or cuda:N, got {str(device)!r}")
+    if not torch.cuda.is_available():
+        raise NotImplementedError("tune must have a GPU, got none that torch can see")
+    return found
 
 
 def show(
     console: Console, head_dim: int, num_heads: int, dtype: torch.dtype, dropout: bool, device: torch.device | str
 ) -> None:
     """Tune, and print a line for each kernel as soon as its tile is kept."""
-    device = torch.device(device)
+    device = _gpu(device)
     for tuned in tune_each(head_dim, num_heads, dtype, dropout, device, _milliseconds):
         grid = "small" if tuned.key.small else "large"
         tile = ", ".join(f"{name} {value}" for name, value in tuned.tile.items() if value is not None)
@@ -104,13 +118,22 @@ def tune_each(
     milliseconds: Callable[[Callable[[], object]], float],
 ) -> Iterator[Tuned]:
     """Yield what tune() returns, each as soon as it is kept."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if (reason := reason_against("triton", device, dtype, head_dim)) is not None:
         raise NotImplementedError(
-            f"tune must have tensors that the triton backend takes, got {device} tensors: {reason}"
+            f"tune must be of what the triton backend takes, got {dtype}, head_dim {head_dim} on {device}: {reason}"
         )
+    folder = cache_folder()
+    # Before the work, not after it.
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the cache folder must be writable (LUKE_KERNELS_CACHE names another), got {folder}")
     from luke_kernels.ops.backends import triton as backend
 
     if device.type == "cuda" and device.index is None:
@@ -155,7 +178,7 @@ def _tune_kernel(
         return milliseconds(run) if all(check.passed for check in checks) else None
 
     built_in = backend.built_in_tile(key, device)
-    others = [tile for tile in candidates(key) if tile != built_in]
+    others = [tile for tile in candidates(key, built_in) if tile != built_in]
     times: list[tuple[float, Tile]] = []
     wrong = failed = 0
     try:
@@ -182,16 +205,17 @@ def _tune_kernel(
     return Tuned(key, tile, ms, built_in_ms, 1 + len(others), wrong, failed)
 
 
-def candidates(key: Key) -> list[Tile]:
-    """Return the tiles that are tried."""
+def candidates(key: Key, built_in: Tile) -> list[Tile]:
+    """Return the tiles that are tried, with the tail of the built-in one."""
+    tail = built_in["TAIL"]
     choices: list[tuple[int | None, ...]] = []
     if key.dtype == "float32":
         choices = [(*block, 16, warps, 2, None) for block in _FLOAT32_BLOCKS for warps in (4, 8)]
     else:
-        for block, stages in itertools.product(_BLOCKS[key.kernel], (2, 3)):
-            choices += [(*block, 32, 4, stages, cap) for cap in (None, 128)]
+        for block, stages in itertools.product(_BLOCKS[key.kernel], (2, 3, 4)):
+            choices += [(*block, tail, 4, stages, cap) for cap in (None, 128)]
             if max(block) == 128:
-                choices.append((*block, 32, 8, stages, None))
+                choices.append((*block, tail, 8, stages, None))
     return [dict(zip(TILE_FIELDS, choice, strict=True)) for choice in choices]
 
 

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for a chip that need not be here, and check what the compiler made of it.
 
-    python tests/compile_triton.py 90            one JSON line a kernel: registers, spills, bytes of shared memory
-    python tests/compile_triton.py 90 --halves   without float32, which takes as long as all others together
-    python tests/compile_triton.py --write       docs/triton-configurations.md, of every chip
+    python tests/compile_triton.py 90 halves     one JSON line a kernel: registers, spills, bytes of shared memory; of
+                                                 halves, dropout and float32, or some of them
+    python tests/compile_triton.py --write       docs/triton-configurations.md: every chip, all of them
 
 Without TRITON_INTERPRET; test_triton.py runs it under each Triton it can find. The page is of Triton 3.6.0.
 """
@@ -65,8 +65,11 @@ SPILLS_ALLOWED = {
 }
 HEAD_DIMS = (32, 64, 128)
 # (dtype, head_dim, dropout): every tile there is, and a head that is padded. Float32 has the same with dropout.
-CASES = [(torch.bfloat16, head_dim, dropout) for dropout in (False, True) for head_dim in HEAD_DIMS]
-CASES += [(torch.float32, head_dim, False) for head_dim in HEAD_DIMS] + [(torch.bfloat16, 80, False)]
+CASES = {
+    "halves": [(torch.bfloat16, head_dim, False) for head_dim in (*HEAD_DIMS, 80)],
+    "dropout": [(torch.bfloat16, head_dim, True) for head_dim in HEAD_DIMS],
+    "float32": [(torch.float32, head_dim, False) for head_dim in HEAD_DIMS],
+}
 
 
 def compile_kernel(name, capability, dtype, head_dim, dropout, **overrides):
@@ -207,14 +210,13 @@ def check(name, capability, dtype, head_dim, dropout):
     return record
 
 
-def records_of(capability, halves=False):
-    cases = [case for case in CASES if not (halves and case[0] == torch.float32)]
-    return [check(name, capability, *case) for case in cases for name in KERNELS]
+def records_of(capability, kinds=tuple(CASES)):
+    return [check(name, capability, *case) for kind in kinds for case in CASES[kind] for name in KERNELS]
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
         PAGE.write_text(page([record for capability in CHIPS for record in records_of(capability)]))
     else:
-        for record in records_of(int(sys.argv[1]), halves="--halves" in sys.argv):
+        for record in records_of(int(sys.argv[1]), sys.argv[2:]):
             print(json.dumps(record))

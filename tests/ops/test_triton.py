@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 import timeit
 from pathlib import Path
 
@@ -277,8 +278,9 @@ def test_compiles_for_every_chip(which, capability):
     path = [*([folder] if which == "3.6" else []), str(Path(backends.__file__).parents[3])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, compile_triton.__file__, str(capability)]
-    # All take minutes; float32 multiplies on the same units of every chip.
-    command += ["--halves"] if capability not in (80, 90) else []
+    # All kinds for all chips under both would take a quarter of an hour.
+    command += ["halves"] + (["dropout"] if capability in (80, 90) else [])
+    command += ["float32"] if (which, capability) in (("installed", 80), ("3.6", 90)) else []
     script = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout + script.stderr
     records = [json.loads(line) for line in script.stdout.splitlines()]
@@ -333,7 +335,8 @@ def test_what_a_call_costs_before_it_is_launched(stubbed, monkeypatch):
         entity_aware_attention(words, entities, backend="triton")
 
     call()
-    seconds = min(timeit.repeat(call, number=50, repeat=20)) / 50
+    # Of this thread, whatever else runs here.
+    seconds = min(timeit.repeat(call, number=50, repeat=20, timer=time.thread_time)) / 50
     assert (len(kernel.dispatched), len(kernel.direct)) == (1, 1000)
     assert seconds < 150e-6
 

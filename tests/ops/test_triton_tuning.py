@@ -83,6 +83,18 @@ def test_a_stale_file_is_ignored_with_one_warning():
     assert tuned.load(CPU) == {KEY._replace(small=False): OTHER}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("BLOCK_M", -16), ("BLOCK_M", 48), ("BLOCK_N", "16"), ("BLOCK_N", None), ("TAIL", 0), ("num_warps", 3)],
+)
+def test_a_tile_that_no_kernel_takes_is_damage(name, value):
+    path = tuned.keep(CPU, KEY, TILE | {name: value})
+    tuned.load.cache_clear()
+    with pytest.warns(UserWarning, match="must hold tuned tiles, got ValueError"):
+        assert tuned.load(CPU) == {}
+    assert path.exists()
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"tiles": [{"key": {}, "tile": {}}]}', '{"tiles": 1}', "\x00"])
 def test_a_damaged_file_is_ignored_with_a_warning(text):
     path = tuned.keep(CPU, KEY, TILE)
@@ -110,7 +122,7 @@ def test_tune_keeps_the_fastest_that_is_right(monkeypatch):
     """A wrong tile would win; one does not compile; the fastest of the rest is kept, where it gains enough."""
     wrong, failing, fast = OTHER, TILE | {"num_warps": 8}, TILE | {"TAIL": 32, "BLOCK_M": 32, "BLOCK_N": 32}
     monkeypatch.setattr(backend, "config", lambda *key: TILE)
-    monkeypatch.setattr(tuning, "candidates", lambda key: [TILE, wrong, failing, fast])
+    monkeypatch.setattr(tuning, "candidates", lambda key, built_in: [TILE, wrong, failing, fast])
     monkeypatch.setattr(tuning, "SHAPES", {True: ((1, 20, 5),), False: ((2, 20, 5), (3, 20, 5))})
     monkeypatch.setattr(tuning, "CHECKED", (40, 35))
     forward, used = backend.forward, []
@@ -167,17 +179,40 @@ def test_an_error_of_the_built_in_tile_is_not_hidden(monkeypatch):
 def test_candidates_hold_blocks_that_triton_takes():
     for kernel in tuning._BLOCKS:
         for dtype in ("float32", "bfloat16"):
-            found = tuning.candidates(tuned.Key(kernel, dtype, 64, False, True))
+            found = tuning.candidates(tuned.Key(kernel, dtype, 64, False, True), TILE)
             assert len(found) == len({tuple(tile.items()) for tile in found}) >= 10
             assert all(tile[name] % 16 == 0 for tile in found for name in ("BLOCK_M", "BLOCK_N", "TAIL"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_the_message_says_so():
-    with pytest.raises(NotImplementedError, match="tune must have tensors that the triton backend takes, got cuda"):
+    with pytest.raises(NotImplementedError, match="tune must have a GPU, got none that torch can see"):
         tune()
-    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
-        tune(head_dim=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"head_dim": 64.0}, "head_dim must be an int, got 64.0"),
+        ({"num_heads": "16"}, "num_heads must be an int, got '16'"),
+        ({"dtype": "bfloat16"}, "dtype must be a torch.dtype, got 'bfloat16'"),
+        ({"device": "cpu"}, "device must be a GPU, cuda or cuda:N, got 'cpu'"),
+        ({"device": "nonsense"}, "device must be a GPU, cuda or cuda:N, got 'nonsense'"),
+        ({"device": None}, "device must be a GPU, cuda or cuda:N, got 'None'"),
+    ],
+)
+def test_arguments_that_are_wrong(argument, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises((TypeError, ValueError), match=message):
+        tune(**argument)
+
+
+@INTERPRETED
+def test_a_cache_that_cannot_be_written_is_found_before_the_work(cache):
+    cache.write_text("a file")
+    with pytest.raises(FileExistsError, match=str(cache)):
+        next(tuning.tune_each(32, 2, torch.float32, False, CPU, lambda run: 1 / 0))
 
 
 @pytest.mark.gpu
@@ -185,7 +220,7 @@ def test_tune_on_a_gpu(monkeypatch):
     """The whole of it, with two tiles."""
     monkeypatch.setattr(tuning, "SHAPES", {True: ((1, 64, 8),)})
     candidates = tuning.candidates
-    monkeypatch.setattr(tuning, "candidates", lambda key: candidates(key)[:2])
+    monkeypatch.setattr(tuning, "candidates", lambda *key: candidates(*key)[:2])
     results = tune(head_dim=64, num_heads=2, dtype=torch.bfloat16)
     assert [result.key.kernel for result in results] == ["fwd", "bwd_dq", "bwd_dkdv"]
     assert all(0 < result.ms <= result.built_in_ms and result.wrong == 0 for result in results)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ _CPU_ISA = None
 try:
     _core = importlib.import_module("luke_kernels._C")
     # For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
-    if "LUKE_KERNELS_CPU_ISA" in os.environ:
-        _core.set_cpu_isa(os.environ["LUKE_KERNELS_CPU_ISA"])
+    if isa := os.environ.get("LUKE_KERNELS_CPU_ISA"):
+        _core.set_cpu_isa(isa)
     _CPU_ISA = _core.cpu_isa()
     _EXTENSION_MISSING = None
 except ValueError as error:
     _EXTENSION_MISSING = str(error)
+    warnings.warn(f"{error}: the cpu backend is off", stacklevel=2)
 except ImportError as error:
     _EXTENSION_MISSING = (
         f"luke_kernels._C does not load from {Path(__file__).parents[2]} ({error}): in a source tree run `make build`, "
