@@ -1,7 +1,6 @@
 """`python -m benchmarks`: measure, and report what was measured."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,6 @@ from benchmarks import cases, console, measure, records, timing
 from benchmarks import report as report_pages
 from benchmarks.measure import Record
 from luke_kernels import explain_backends
-
-# Records are of the built-in tiles, whatever tune() kept on this machine: a folder that is never there.
-os.environ["LUKE_KERNELS_CACHE"] = str(records.ROOT / "build" / "no-tuned-tiles")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Benchmarks of luke_kernels.")
 MAIN_DTYPES = ("float32", "bfloat16")

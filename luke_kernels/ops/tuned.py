@@ -97,14 +97,16 @@ def keep(device: torch.device, key: Key, tile: Tile) -> Path:
 def _read(path: Path) -> tuple[dict[Key, Tile], dict[str, str]]:
     found = json.loads(path.read_text(encoding="utf-8"))
     tiles = {Key(**entry["key"]): {name: entry["tile"][name] for name in TILE_FIELDS} for entry in found["tiles"]}
-    for tile in tiles.values():
-        for name, value in tile.items():
-            if name == "maxnreg" and value is None:
-                continue
-            least = 16 if name in ("BLOCK_M", "BLOCK_N", "TAIL") else 1
-            power = name in ("num_stages", "maxnreg") or (isinstance(value, int) and value & (value - 1) == 0)
-            if not isinstance(value, int) or value < least or not power:
-                raise ValueError(f"{name} {value!r}")
+    for name, value in (field for tile in tiles.values() for field in tile.items()):
+        if name == "maxnreg" and value is None:
+            continue
+        least = 16 if name in ("BLOCK_M", "BLOCK_N", "TAIL") else 1
+        if (
+            type(value) is not int
+            or value < least
+            or (name not in ("num_stages", "maxnreg") and value.bit_count() != 1)
+        ):
+            raise ValueError(f"{name} {value!r}")
     return tiles, dict(found["fingerprint"])
 
 
