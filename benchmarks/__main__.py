@@ -23,6 +23,8 @@ REPEATS = {"cpu": 10, "cuda": 50}
 MODEL_REPEATS = {"cpu": 8, "cuda": 40}
 
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Dtype = Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; repeatable")]
+Size = Annotated[str, typer.Option(help="tiny, base or large")]
 Direction = Annotated[list[str] | None, typer.Option(help="forward, or both with the backward; repeatable")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="timed calls of each contender")]
 Out = Annotated[Path | None, typer.Option(help="file of records to append to")]
@@ -31,7 +33,7 @@ Out = Annotated[Path | None, typer.Option(help="file of records to append to")]
 @app.command()
 def attention(
     device: Device = "cpu",
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, float64; repeatable")] = None,
+    dtype: Dtype = None,
     case: Annotated[list[str] | None, typer.Option(help="BxWxE[-dD][-ragged]; repeatable")] = None,
     direction: Direction = None,
     repeats: Repeats = None,
@@ -59,8 +61,8 @@ def attention(
 @app.command()
 def model(
     device: Device = "cpu",
-    size: Annotated[str, typer.Option(help="tiny, base or large")] = "base",
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; repeatable")] = None,
+    size: Size = "base",
+    dtype: Dtype = None,
     case: Annotated[
         list[str] | None, typer.Option(help="BxWxE, BxWxE-ragged, conll-N or wikipedia-N texts; repeatable")
     ] = None,
@@ -72,29 +74,55 @@ def model(
 
     Real texts need LUKE_KERNELS_DATA; without it those that were not asked for are skipped.
     """
+    _run_batches("model", device, size, dtype, case, direction, repeats, out)
+
+
+@app.command()
+def layer(
+    device: Device = "cpu",
+    size: Size = "large",
+    dtype: Dtype = None,
+    case: Annotated[list[str] | None, typer.Option(help="as of the model; repeatable")] = None,
+    direction: Direction = None,
+    repeats: Repeats = None,
+    out: Out = None,
+) -> None:
+    """Time attention with its projections against transformers', padded and packed, correctness first."""
+    _run_batches("layer", device, size, dtype, case, direction, repeats, out)
+
+
+def _run_batches(
+    suite: str,
+    device: str,
+    size: str,
+    dtypes: list[str] | None,
+    names: list[str] | None,
+    directions: list[str] | None,
+    repeats: int | None,
+    out: Path | None,
+) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise console.CommandError("transformers must be installed")
     from benchmarks import batches, encoders
-    from benchmarks import model as model_benchmark
 
+    module = importlib.import_module(f"benchmarks.{suite}")
     _check("size", [size], encoders.SIZES)
-    target = _check_options(device, dtype, direction)
+    target = _check_options(device, dtypes, directions)
     chosen = []
-    for name in case or batches.DEVICE_BATCHES[device]:
+    for name in names or module.DEVICE_BATCHES[device]:
         try:
             chosen.append(batches.load(name, encoders.config_of(size), target))
         except FileNotFoundError as error:
-            if case:
+            if names:
                 raise console.CommandError(f"case {name} must have its data, got an error: {error}") from None
             print(f"{name}: skipped, {error}")
 
     def run_case(batch: batches.Batch, dtype: torch.dtype, peak_tflops: float, run: Record) -> list[Record]:
-        directions = direction or cases.DIRECTIONS
-        return model_benchmark.run_case(
-            batch, size, dtype, directions, repeats or MODEL_REPEATS[device], peak_tflops, run
+        return module.run_case(
+            batch, size, dtype, directions or cases.DIRECTIONS, repeats or MODEL_REPEATS[device], peak_tflops, run
         )
 
-    _run("model", run_case, chosen, dtype or MAIN_DTYPES, target, out)
+    _run(suite, run_case, chosen, dtypes or MAIN_DTYPES, target, out)
 
 
 @app.command()

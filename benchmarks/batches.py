@@ -1,4 +1,4 @@
-"""The batches of the model benchmark: ids drawn at random, and real texts.
+"""The batches of the model and layer benchmarks: ids drawn at random, and real texts.
 
 A name says all: `BxWxE` and `BxWxE-ragged` as in `cases`; `conll-N` and `wikipedia-N` are N texts of `texts.CORPORA`.
 """
@@ -15,10 +15,6 @@ from torch import Tensor
 from benchmarks import cases, texts
 from luke_kernels import LukeConfig, PackedBatch
 
-CPU_BATCHES = ("conll-1", "conll-32", "wikipedia-16", "1x64x8", "8x128x16", "4x512x32")
-# No data there; few, since the attention takes its share of the run.
-GPU_BATCHES = ("1x64x8", "32x128x16-ragged", "16x512x32", "16x512x32-ragged")
-DEVICE_BATCHES = {"cpu": CPU_BATCHES, "cuda": GPU_BATCHES}
 # Positions of a mention, -1 pads: tokenizers give so many, transformers' too.
 MENTION = 30
 

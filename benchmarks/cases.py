@@ -31,7 +31,11 @@ GPU_CASES = (
     "128x128x16-ragged",
     "4x2048x512",
     "1x8192x1024",
+    "32x512x128-d128",
+    "4x2048x512-d128",
 )
+# Of the GPU's, where the core of transformers also competes compiled: to compile it takes longer than all else.
+COMPILED_CASES = ("32x512x128", "32x512x128-d128")
 DEVICE_CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
 # LUKE base on the CPU, LUKE large on the GPU.
 DEVICE_HEADS = {"cpu": 12, "cuda": 16}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import COMPILED_CASES, Case
 from luke_kernels import entity_aware_attention, explain_backends
 
 ENTITY_AWARE = "entity_aware_attention"
@@ -98,6 +98,8 @@ def contenders(inputs: Inputs) -> list[Contender]:
         for name in ("cudnn", "flash", "efficient"):
             found.append(Contender(f"sdpa_plain:{name}", PLAIN, name, partial(prepare_plain, forced=name)))
         found.append(Contender("varlen_plain", PLAIN, "varlen_attn", prepare_varlen))
+        if inputs.case.name in COMPILED_CASES:
+            found.append(Contender("eager_compiled", ENTITY_AWARE, "torch.compile", prepare_compiled))
     return found
 
 
@@ -118,11 +120,17 @@ def _prepare_alone(inputs: Inputs) -> Prepared:
     return replace(prepare_ours(inputs, "cpu"), threads=1)
 
 
-def prepare_eager(inputs: Inputs) -> Prepared:
+def prepare_eager(inputs: Inputs, core: Callable[..., list[Tensor]] | None = None) -> Prepared:
     """Bind the core of transformers' eager LUKE; its additive mask is there for dense batches too."""
     lowest = torch.finfo(inputs.words.dtype).min
     mask = torch.zeros_like(inputs.present, dtype=inputs.words.dtype).masked_fill(~inputs.present, lowest)
-    return _prepare_separate(inputs, partial(_eager, mask=mask[:, None, None]))
+    return _prepare_separate(inputs, partial(core or _eager, mask=mask[:, None, None]))
+
+
+def prepare_compiled(inputs: Inputs) -> Prepared:
+    # What was compiled for other shapes must not make this one dynamic, nor count towards torch's limit.
+    torch._dynamo.reset()
+    return prepare_eager(inputs, torch.compile(_eager, dynamic=False, fullgraph=True))
 
 
 def prepare_doubled(inputs: Inputs) -> Prepared:

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu --out DIR`: all that waits for a GPU, in one bounded run.
 
-Builds the extension, runs the GPU tests, measures the model and attention, writes records, reports, logs and
-summary.json into DIR.
+Builds the extension, runs the GPU tests, looks for memory errors and races with compute-sanitizer, measures the model,
+the attention layer and attention itself, writes records, logs and summary.json into DIR; `python -m benchmarks report`
+makes tables of the records.
 """
 
 import faulthandler
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,20 +20,28 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, batches, cases, console, encoders, measure, model, records, report, timing
+from benchmarks import attention, batches, cases, console, encoders, layer, measure, model, records, timing
 from benchmarks.contenders import OURS
 
 app = typer.Typer(add_completion=False)
 DTYPES = (torch.bfloat16, torch.float16)
-SIZE = "base"
+SIZE, LAYER_SIZE = "base", "large"
 REPEATS = 32  # of four contenders, each comes first equally often
 # Kept for the report; and how long a kernel that hangs may overrun before the process ends itself.
 RESERVE_S = 20
+# What the sanitizer makes take longest is to compile kernels, which it does not look at.
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZER_S = 60
+SANITIZED = """
+from luke_kernels.selfcheck import check_backend
+checks = [check for p in (0.0, 0.25) for check in check_backend("triton", "cuda", dropout_p=p)]
+assert checks and all(check.passed for check in checks), checks
+"""
 
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="folder for at most 8 files")],
+    out: Annotated[Path, typer.Option(help="folder for at most 6 files")],
     minutes: Annotated[float, typer.Option(min=1, help="bound of the whole run")] = 8,
 ) -> None:
     """Build, test and measure on a GPU. Ends with 0 where tests ran, all passed, and no gate of ours failed."""
@@ -50,13 +60,14 @@ def main(
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     note()
-    note(build=_run(["setup.py", "build_ext", "--inplace"], out / "build.log", deadline))
+    note(build=_run([sys.executable, "setup.py", "build_ext", "--inplace"], out / "build.log", deadline))
     # Half of what is left: the benchmark needs its share.
     half = (time.monotonic() + deadline) / 2
-    note(tests=_tests_status(_run(["-m", "pytest", "-m", "gpu", *_parallel(), "tests"], out / "pytest.log", half), out))
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", *_parallel(), "tests"]
+    note(tests=_tests_status(_run(tests, out / "pytest.log", half), out))
+    for tool in SANITIZERS:
+        note(**{tool: _sanitize(tool, out / f"{tool}.log", deadline)})
     found = _measure(device, out, deadline, summary)
-    if found:
-        report.render(found, out)
     ours = (OURS, encoders.ACCELERATED)
     bad = [r for r in found if r["gate"] == "wrong" or (r["gate"] == "failed" and r["contender"].startswith(ours))]
     note(
@@ -66,17 +77,17 @@ def main(
         complete=True,
     )
     print(json.dumps(summary, indent=2))
-    passed = summary["build"] == "rc 0" and summary["tests"] == "passed" and found and not bad and not summary["errors"]
-    if not passed:
+    clean = {summary[step] for step in ("build", *SANITIZERS)} == {"rc 0"} and summary["tests"] == "passed"
+    if not (clean and found and not bad and not summary["errors"]):
         raise typer.Exit(1)
 
 
-def _run(arguments: list[str], log: Path, deadline: float) -> str:
-    """Run Python in the root of the repository; return "rc N" or "timed out"."""
+def _run(command: list[str], log: Path, deadline: float) -> str:
+    """Run a command in the root of the repository; return "rc N" or "timed out"."""
     with log.open("w") as file:
         try:
             done = subprocess.run(
-                [sys.executable, *arguments],
+                command,
                 cwd=records.ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -85,6 +96,17 @@ def _run(arguments: list[str], log: Path, deadline: float) -> str:
         except subprocess.TimeoutExpired:
             return "timed out"
     return f"rc {done.returncode}"
+
+
+def _sanitize(tool: str, log: Path, deadline: float) -> str:
+    """Run each Triton kernel on a small batch under a tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        return "no compute-sanitizer"
+    options = ["--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
+    return _run(
+        [program, *options, sys.executable, "-c", SANITIZED], log, min(deadline, time.monotonic() + SANITIZER_S)
+    )
 
 
 def _parallel() -> list[str]:
@@ -114,14 +136,18 @@ def _measure(device: torch.device, out: Path, deadline: float, summary: dict[str
         batch = batches.load(name, encoders.config_of(SIZE), device)
         return model.run_case(batch, SIZE, dtype, cases.DIRECTIONS, REPEATS, peak_tflops, run)
 
+    def run_layer(name: str, dtype: torch.dtype, peak_tflops: float) -> list[dict[str, Any]]:
+        batch = batches.load(name, encoders.config_of(LAYER_SIZE), device)
+        return layer.run_case(batch, LAYER_SIZE, dtype, cases.DIRECTIONS, REPEATS, peak_tflops, run)
+
     def run_attention(name: str, dtype: torch.dtype, peak_tflops: float) -> list[dict[str, Any]]:
         case = cases.parse(name, cases.DEVICE_HEADS["cuda"])
         return attention.run_case(case, dtype, device, cases.DIRECTIONS, REPEATS, peak_tflops, run)
 
-    # The model first, in one dtype: few cases, which leave the attention its share. Case by case over the dtypes: a run
-    # cut short has both.
-    jobs = [("model", run_model, name, DTYPES[0]) for name in batches.GPU_BATCHES]
-    jobs += [("attention", run_attention, name, dtype) for name in cases.GPU_CASES for dtype in DTYPES]
+    # The most telling first: a run cut short has them.
+    jobs = [("model", run_model, name, DTYPES[0]) for name in model.GPU_BATCHES]
+    jobs += [("layer", run_layer, name, DTYPES[0]) for name in layer.GPU_BATCHES]
+    jobs += [("attention", run_attention, name, dtype) for dtype in DTYPES for name in cases.GPU_CASES]
     for suite, run_case, name, dtype in jobs:
         label, begin = f"{suite} {name} {dtype}", time.monotonic()
         if begin + longest_s > deadline:

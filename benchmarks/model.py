@@ -12,8 +12,13 @@ from benchmarks import encoders, measure, records, timing
 from benchmarks.batches import Batch
 from benchmarks.encoders import Contender
 from benchmarks.measure import Record
+from luke_kernels import PackedBatch
 
 OP = "model"
+CPU_BATCHES = ("conll-1", "conll-32", "wikipedia-16", "1x64x8", "8x128x16", "4x512x32")
+# No data there; few, since the attention takes its share of the run.
+GPU_BATCHES = ("1x64x8", "32x128x16-ragged", "16x512x32", "16x512x32-ragged")
+DEVICE_BATCHES = {"cpu": CPU_BATCHES, "cuda": GPU_BATCHES}
 STATES = ("words", "entities")
 SMALLEST = torch.finfo(torch.float64).tiny
 # Of base size, what the backward keeps in float64 is 4 MB a token.
@@ -21,16 +26,11 @@ GATE_TOKENS = 1024
 
 
 class Gate:
-    """The truth of a case, and how far transformers' model is from it in the dtype of its weights.
+    """The truth of a case, in float64, and how far transformers' module is from it in the dtype of its weights."""
 
-    The truth is the same model with the same weights in float64, a part of the batch at a time: gradients add up.
-    """
-
-    def __init__(self, eager: Contender, batch: Batch, douts: Sequence[Tensor], direction: str):
-        self.batch = batch
-        self.truth = _truth(eager.model, batch, douts, direction)
-        self.eager_error = self.errors(eager, direction)
-        dtype = douts[0].dtype
+    def __init__(self, truth: dict[str, Tensor], eager: Contender, batch: Batch, dtype: torch.dtype):
+        self.truth, self.packed = truth, batch.packed
+        self.eager_error = self.errors(eager, "forward" if truth.keys() == {*STATES} else "both")
         self.bound = {
             name: (2 if name in STATES else 3) * self.eager_error[name] + self._floor(name, dtype)
             for name in self.truth
@@ -38,14 +38,7 @@ class Gate:
 
     def errors(self, contender: Contender, direction: str) -> dict[str, float]:
         """Return the size of the error of states and of the gradient of each parameter, NaN where one is."""
-        states, gradients = contender.run(direction)
-        packed = self.batch.packed
-        words, entities = states
-        if words.dim() == 3:
-            words, entities = packed.pack_words(words), packed.pack_entities(entities)
-        found = {"words": words, "entities": entities}
-        if direction == "both":
-            found |= zip(contender.parameters, gradients, strict=True)
+        found = named_results(contender, direction, self.packed)
         return {name: _size(name, value.double() - self.truth[name]) for name, value in found.items()}
 
     def judge(self, contender: Contender, direction: str) -> Record:
@@ -69,8 +62,19 @@ class Gate:
             return measure.rounding(self.truth[name].to(dtype))
         # The gradient of a score is the difference of dout . v and dout . out, of which any flash attention rounds out;
         # the gradient of the values shows their size.
-        shown = re.sub(r"(attention\.self)\.\w+\.", r"\1.value.", name)
+        shown = re.sub(r"\b\w*(query|key)\.", "value.", name)
         return torch.finfo(dtype).eps * max(_size(each, self.truth[each]) for each in {name, shown})
+
+
+def named_results(contender: Contender, direction: str, packed: PackedBatch) -> dict[str, Tensor]:
+    """Run a contender; return its states and gradients by name, those of tokens without padding."""
+    states, gradients = contender.run(direction)
+    found = dict(zip(STATES, states, strict=True)) | dict(zip(contender.parameters, gradients, strict=False))
+    return {
+        # No parameter has three dimensions.
+        name: value if value.dim() < 3 else (packed.pack_words if "word" in name else packed.pack_entities)(value)
+        for name, value in found.items()
+    }
 
 
 def _size(name: str, value: Tensor) -> float:
@@ -79,7 +83,10 @@ def _size(name: str, value: Tensor) -> float:
 
 
 def _truth(model: nn.Module, batch: Batch, douts: Sequence[Tensor], direction: str) -> dict[str, Tensor]:
-    """Return the states that exist, (Tw, C) and (Te, C), and the gradients of the parameters."""
+    """Return the states that exist, (Tw, C) and (Te, C), and the gradients of the parameters.
+
+    They are those of the same model with the same weights in float64, a part of the batch at a time: gradients add up.
+    """
     exact = copy.deepcopy(model).double()
     dwords, dentities = douts[0].double().split(batch.word_lengths), douts[1].double().split(batch.entity_lengths)
     found: dict[str, list[Tensor]] = {name: [] for name in STATES}
@@ -127,16 +134,32 @@ def run_case(
     model = encoders.draw_model(config, dtype, device)
     douts = encoders.draw_douts(batch, model)
     chosen = choose(model, batch, douts)
-    gate = Gate(chosen[0], batch, douts, "both" if "both" in directions else "forward")
-    shared = records.blank() | run | {"op": OP, "backend": "auto", "size": size}
-    shared |= {"case": batch.name, "shape": batch.shape, "dtype": str(dtype).removeprefix("torch.")}
+    truth = _truth(chosen[0].model, batch, douts, "both" if "both" in directions else "forward")
+    gate = Gate(truth, chosen[0], batch, dtype)
+    flops = {direction: batch.flops(config, direction) for direction in directions}
+    run = run | {"op": OP, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+    return compete(chosen, gate, batch, flops, repeats, peak_tflops, run)
+
+
+def compete(
+    chosen: Sequence[Contender],
+    gate: Gate,
+    batch: Batch,
+    flops: dict[str, float],
+    repeats: int,
+    peak_tflops: float,
+    run: Record,
+) -> list[Record]:
+    """Gate and time contenders in each direction of `flops`, which says what the batch costs."""
+    device = batch.packed.position_ids.device
+    shared = records.blank() | run | {"backend": "auto", "case": batch.name, "shape": batch.shape}
     found = []
-    for direction in directions:
+    for direction, count in flops.items():
         entrants = []
         for contender in chosen:
             row = shared | {"direction": direction, "contender": contender.name}
             entrants.append(measure.Entrant(row, partial(_enter, gate, contender, direction)))
-        found += measure.compete(entrants, batch.flops(config, direction), repeats, peak_tflops, device)
+        found += measure.compete(entrants, count, repeats, peak_tflops, device)
     for row in found:
         if row["median_ms"] is not None:
             row["tokens_per_s"] = batch.shape["real_tokens"] / row["median_ms"] * 1e3

@@ -18,13 +18,17 @@ class Page(NamedTuple):
     baseline: str
 
 
-PAGES = {"attention": Page("Attention", "eager"), "model": Page("LUKE's encoder", "transformers")}
+PAGES = {
+    "attention": Page("Attention", "eager"),
+    "layer": Page("Attention with its projections", "transformers"),
+    "model": Page("LUKE's encoder", "transformers"),
+}
 README = records.ROOT / "README.md"
 README_BLOCK = re.compile(r"(?<=<!-- benchmarks: model -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> list[Path]:
-    """Write attention.md and model.md, as far as there are records, and a plot a device into a folder.
+    """Write a page of each of PAGES that there are records of, and a plot a device, into a folder.
 
     Args:
         found: Records, oldest first. A row of a table comes from the last run that has its case, dtype and direction.
@@ -54,7 +58,7 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
                         "products of bfloat16 where it has them), and how many times as fast as `sdpa_plain`, which "
                         f"knows no entities:\n\n{table(part, 'sdpa_plain', share)}\n"
                     )
-                if name == "model":
+                if name != "attention":
                     sections.append(f"Peak memory of a call, MiB:\n\n{table(part, against, memory)}\n")
             sections.append(_sources(rows.values()))
         page = out / f"{name}.md"
@@ -190,7 +194,7 @@ def _by_page(found: Iterable[Record]) -> dict[str, dict[str, Rows]]:
     """Return page -> device, with the size of the model where there is one -> rows, each the last run's."""
     pages: dict[str, dict[str, Rows]] = {}
     for record in found:
-        page = "model" if record["op"] == "model" else "attention"
+        page = record["op"] if record["op"] in PAGES else "attention"
         device = record["device"] if record["size"] is None else f"LUKE {record['size']}, {record['device']}"
         rows = pages.setdefault(page, {}).setdefault(device, {})
         row = rows.setdefault((record["direction"], record["case"], record["dtype"]), {})

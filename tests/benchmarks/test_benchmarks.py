@@ -176,6 +176,32 @@ def test_report_ratio_is_the_quotient_of_the_medians(found, tmp_path):
     assert report.share(ours | {"fma_peak_tflops": None}, plain) == ""
 
 
+def test_compiled_core_has_no_breaks(monkeypatch):
+    """Nor grows dynamic with a second case. Compiled by dynamo alone: what it hands on is not translated here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name in ("2x9x3", "3x12x4-ragged"):
+        inputs = contenders.draw_inputs(cases.parse(name, num_heads=2), torch.float32, CPU)
+        gate = attention.Gate(inputs)
+        compiled = contenders.prepare_compiled(inputs)
+        assert gate.errors(compiled, "both") == gate.errors(contenders.prepare_eager(inputs), "both")
+
+
+@pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
+def test_what_the_sanitizer_runs(broken, code):
+    """In Triton's interpreter; a check that fails fails the command."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from benchmarks import gpu
+
+    script = gpu.SANITIZED.replace('"cuda"', '"cpu"')
+    assert script != gpu.SANITIZED
+    if broken:
+        script = f"import luke_kernels.selfcheck as s\ns._distance = lambda *_: float('nan')\n{script}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("AssertionError" in done.stderr) == broken
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_command_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]

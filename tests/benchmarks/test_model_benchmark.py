@@ -1,4 +1,4 @@
-"""The model benchmark: same weights for all, truth, gate, FLOPs, texts, and README's table from the records."""
+"""The model and layer benchmarks: same weights, truth, gate, FLOPs, texts, and README's table from the records."""
 
 import json
 
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from benchmarks import batches, cases, console, encoders, measure, model, records, report, texts
+from benchmarks import batches, cases, console, encoders, layer, measure, model, records, report, texts
 
 CPU = torch.device("cpu")
 CONFIG = encoders.config_of("tiny")
@@ -157,6 +157,54 @@ def test_batches_are_drawn_from_their_names():
     assert other.padded["attention_mask"].all()
 
 
+def run_layer(name: str, **options) -> list[dict]:
+    batch = batches.load(name, CONFIG, CPU)
+    run = records.describe_run(CPU)
+    return layer.run_case(batch, "tiny", torch.float32, cases.DIRECTIONS, 2, 0.1, run, **options)
+
+
+@pytest.mark.parametrize("name", [RAGGED, "2x9x3"])
+def test_layer(name):
+    """On the same weights and states; gradients are also those of the states, which the gate sees without padding."""
+    found = run_layer(name)
+    assert [record["contender"] for record in found] == 2 * ["transformers", "luke_kernels", "luke_kernels-packed"]
+    for record in found:
+        assert set(json.loads(json.dumps(record, allow_nan=False))) == set(records.FIELDS)
+        assert (record["op"], record["gate"]) == ("layer", "pass"), record["message"]
+    batch = batches.load(name, CONFIG, CPU)
+    theirs, *ours = layer.contenders(batch, CONFIG, torch.float32, CPU)
+    assert {"word_hidden", "entity_hidden", "e2w_query.weight", "value.bias"} < theirs.parameters.keys()
+    for contender in ours:
+        assert contender.parameters.keys() == theirs.parameters.keys()
+        assert contender.parameters["w2e_query.bias"].data_ptr() == theirs.parameters["w2e_query.bias"].data_ptr()
+
+
+class WrongGradient(layer.Layer):
+    def run(self, direction):
+        states, gradients = super().run(direction)
+        return states, [g * 1.001 if g.dim() == 3 and g.shape[1] == 2 else g for g in gradients]
+
+
+def test_layer_with_a_wrong_gradient_of_its_states_has_no_time():
+    def choose(*arguments):
+        theirs, ours, _ = layer.contenders(*arguments)
+        wrong = WrongGradient("bad", ours.model, ours.inputs, ours.douts, ours.word_hidden, ours.entity_hidden)
+        return [theirs, wrong]
+
+    assert {r["direction"]: (r["gate"], r["message"]) for r in run_layer(RAGGED, choose=choose)[1::2]} == {
+        "forward": ("pass", None),
+        "both": ("wrong", "beyond its bound: entity_hidden"),
+    }
+
+
+def test_flops_of_a_layer_are_those_that_eager_needs_for_a_dense_batch():
+    batch = batches.load("3x20x5", CONFIG, CPU)
+    theirs, *_ = layer.contenders(batch, CONFIG, torch.float32, CPU)
+    with FlopCounterMode(display=False) as counter:
+        theirs.run("forward")
+    assert layer.flops(batch, CONFIG.hidden_size, "forward") == counter.get_total_flops()
+
+
 def test_links_of_wikitext():
     text = texts._linked(
         "{{Box|a={{b}}}}'''Ada''' [[File:A.jpg|thumb|[[No]] link]]wrote<ref name=x/> for [[Charles Babbage|Babbage]]"
@@ -198,7 +246,7 @@ def test_real_texts_are_skipped_without_data(monkeypatch, capsys, tmp_path):
 
     monkeypatch.delenv("LUKE_KERNELS_DATA", raising=False)
     monkeypatch.setattr(__main__, "MAIN_DTYPES", ())
-    monkeypatch.setattr("benchmarks.batches.DEVICE_BATCHES", {"cpu": ("conll-1",)})
+    monkeypatch.setattr("benchmarks.model.DEVICE_BATCHES", {"cpu": ("conll-1",)})
     __main__.model(size="tiny", out=tmp_path / "none.jsonl")
     assert "conll-1: skipped, LUKE_KERNELS_DATA must name the folder of data sets, got ''" in capsys.readouterr().out
     with pytest.raises(console.CommandError, match="case conll-1 must have its data"):
