@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What the CUDA kernels are built for here, where there is nvcc; `pip install .` takes all architectures.
+export LUKE_KERNELS_CUDA_ARCHS ?= 80 90a
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Triton of the GPU machines' PyTorch, for compiling the kernels; the newest, in .venv, interprets them.
 TRITON36 := build/triton-3.6.0
@@ -57,7 +59,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/tools: $(VENV)/ready
-	$(INSTALL) pytest pytest-xdist hypothesis peft matplotlib ruff mypy import-linter
+	$(INSTALL) pytest pytest-xdist hypothesis pybind11 peft matplotlib ruff mypy import-linter
 	touch $@
 
 # From the sdist, so that what it lacks is missed.

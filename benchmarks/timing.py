@@ -116,7 +116,8 @@ def multiply_adds(dtype: torch.dtype) -> Operations | None:
     if explain_backends(torch.zeros(1, 1, 4, 1, 64, dtype=dtype))["cpu"] is not None:
         return None
     from luke_kernels import _C
-    from luke_kernels.ops.backends.cpu import DTYPES
+    from luke_kernels.ops.backends.parameters import DTYPE_NAMES
 
-    call = functools.partial(_C.multiply_add_cpu, DTYPES[dtype], torch.get_num_threads(), _PEAK_ROUNDS)
+    core_dtype = getattr(_C.DType, DTYPE_NAMES[dtype])
+    call = functools.partial(_C.multiply_add_cpu, core_dtype, torch.get_num_threads(), _PEAK_ROUNDS)
     return Operations(call, call())

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "dtype.h"
 
@@ -52,10 +53,17 @@ struct AttentionParams {
   uint64_t offset = 0;
   int num_threads = 1;
 
-  int64_t joint_begin(Kind kind) const { return kind == kWord ? 0 : segments[kWord].num_tokens; }
-  int64_t query_slot(Kind key_kind) const { return key_kind == kWord ? 0 : stack - 3; }
-  int64_t key_slot() const { return stack - 2; }
-  int64_t value_slot() const { return stack - 1; }
+  // CUDA only. The seed and offset lie on the device, so that a captured graph draws anew; statistics (2, head, token) are
+  // what the backward's first kernel hands to its second.
+  const int64_t* device_seed = nullptr;
+  float* statistics = nullptr;
+  int device = 0;
+  void* stream = nullptr;
+
+  constexpr int64_t joint_begin(Kind kind) const { return kind == kWord ? 0 : segments[kWord].num_tokens; }
+  constexpr int64_t query_slot(Kind key_kind) const { return key_kind == kWord ? 0 : stack - 3; }
+  constexpr int64_t key_slot() const { return stack - 2; }
+  constexpr int64_t value_slot() const { return stack - 1; }
 };
 
 // Whether the CPU kernels run on more than one thread.
@@ -75,6 +83,17 @@ size_t attention_scratch_bytes_cpu(const AttentionParams& params);
 // Rows that no sequence holds get zeros, their lse infinity.
 void attention_forward_cpu(const AttentionParams& params);
 void attention_backward_cpu(const AttentionParams& params);
+
+// The architectures that the CUDA kernels were built for, as in "sm_80, sm_90a+PTX".
+const char* cuda_architectures();
+
+// Why the CUDA kernels cannot run on a device of this machine; empty where they can.
+std::string cuda_missing(int device);
+
+// On params.stream of params.device. head_dim at most 128; rows of 16-byte multiples at addresses that are, too. Only rows
+// in sequences are written. The backward needs `statistics` to write to.
+void attention_forward_cuda(const AttentionParams& params);
+void attention_backward_cuda(const AttentionParams& params);
 
 // Multiplies and adds on `num_threads`, as the products of tensors of `dtype` do, and nothing else. Returns how many
 // operations that were.

@@ -51,6 +51,27 @@ lk::AttentionParams attention_params(lk::DType dtype, int64_t batch_size, int64_
   return params;
 }
 
+#ifdef LUKE_CUDA
+void attention_cuda(lk::AttentionParams params, int device, uintptr_t stream, uintptr_t seed, bool forward) {
+  params.device = device;
+  params.stream = reinterpret_cast<void*>(stream);
+  params.device_seed = reinterpret_cast<const int64_t*>(seed);
+  forward ? lk::attention_forward_cuda(params) : lk::attention_backward_cuda(params);
+}
+
+void attention_forward_cuda(const lk::AttentionParams& params, int device, uintptr_t stream, uintptr_t seed) {
+  attention_cuda(params, device, stream, seed, true);
+}
+
+void attention_backward_cuda(lk::AttentionParams params, int device, uintptr_t stream, uintptr_t seed,
+                             const Kinds<Buffer>& dout, const Kinds<Buffer>& dprojections, uintptr_t statistics) {
+  params.dout = buffers(dout);
+  params.dprojections = buffers(dprojections);
+  params.statistics = reinterpret_cast<float*>(statistics);
+  attention_cuda(params, device, stream, seed, false);
+}
+#endif
+
 void attention_backward_cpu(lk::AttentionParams params, const Kinds<Buffer>& dout, const Kinds<Buffer>& dprojections) {
   params.dout = buffers(dout);
   params.dprojections = buffers(dprojections);
@@ -62,13 +83,13 @@ void attention_backward_cpu(lk::AttentionParams params, const Kinds<Buffer>& dou
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of luke_kernels in C++.";
 
-  py::enum_<lk::DType>(m, "DType")
+  py::enum_<lk::DType>(m, "DType", py::module_local())
       .value("float32", lk::DType::kFloat32)
       .value("float64", lk::DType::kFloat64)
       .value("bfloat16", lk::DType::kBFloat16)
       .value("float16", lk::DType::kFloat16);
 
-  py::class_<lk::AttentionParams>(m, "AttentionParams").def(py::init(&attention_params));
+  py::class_<lk::AttentionParams>(m, "AttentionParams", py::module_local()).def(py::init(&attention_params));
 
   m.def("has_openmp", &lk::has_openmp);
   m.def("cpu_isa", &lk::cpu_isa);
@@ -78,4 +99,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
   m.def("attention_forward_cpu", &lk::attention_forward_cpu, py::call_guard<py::gil_scoped_release>());
   m.def("attention_backward_cpu", &attention_backward_cpu, py::call_guard<py::gil_scoped_release>());
+
+#ifdef LUKE_CUDA
+  m.def("cuda_architectures", &lk::cuda_architectures);
+  m.def("cuda_missing", &lk::cuda_missing, py::arg("device"));
+  m.def("attention_forward_cuda", &attention_forward_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("attention_backward_cuda", &attention_backward_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
 }

@@ -28,11 +28,12 @@ def facts() -> dict[str, str]:
         "CPU": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "GPU": "none that torch can see",
     }
-    if TABLE["cpu"].missing() is None:
+    if TABLE["cpu"].missing(None) is None:
         from luke_kernels.ops.backends import cpu
 
         threads = "with OpenMP" if cpu._C.has_openmp() else "without OpenMP: one thread"
-        found["csrc"] = f"built {threads}; {cpu._C.cpu_isa()} kernels"
+        cuda = f"CUDA for {cpu._C.cuda_architectures()}" if hasattr(cpu._C, "cuda_architectures") else "no CUDA"
+        found["csrc"] = f"built {threads}; {cpu._C.cpu_isa()} kernels; {cuda}"
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         found["GPU"] = f"{torch.cuda.get_device_name()}, sm_{capability}, CUDA {torch.version.cuda}"
@@ -50,7 +51,7 @@ def examine(console: Console) -> bool:
         table.add_column(column, justify="left" if column in ("backend", "verdict") else "right")
     healthy, off = True, {}
     for name, support in TABLE.items():
-        if (reason := support.missing()) is not None:
+        if (reason := support.missing(None)) is not None:
             off[name] = reason
             continue
         where = device if support.devices is None or device in support.devices else support.devices[0]

@@ -208,6 +208,8 @@ BACKENDS = [
     "sdpa",
     "cpu",
     pytest.param("triton", marks=INTERPRETED),
+    pytest.param("cuda", id="cuda-emulated"),
     pytest.param("sdpa", id="sdpa-cuda", marks=pytest.mark.gpu),
     pytest.param("triton", id="triton-cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", id="cuda-cuda", marks=pytest.mark.gpu),
 ]

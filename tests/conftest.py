@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.append(str(REPOSITORY))
 
 # Seconds a room may take on 2 cores.
-BUDGETS_S = {"model": 250, "tools": 200, "triton": 400, "cpu": 180, "op": 400}
+BUDGETS_S = {"model": 250, "tools": 200, "triton": 400, "cpu": 180, "cuda": 300, "op": 400}
 TOOL_FILES = ("accelerate", "benchmarks/", "cli", "convert", "demo", "encode", "readme")
 MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer", "packing", "train_bpe", "parity/")
 
@@ -33,7 +33,8 @@ MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer",
 def _room(test: str) -> str:
     """Return the room of a test by its id: the first whose word it holds."""
     if test.startswith("tests/ops/"):
-        return next((room for room in ("triton", "cpu") if room in test), "op")
+        rooms = {"triton": "triton", "cuda": "cuda-emulated", "cpu": "cpu"}
+        return next((room for room, word in rooms.items() if word in test), "op")
     path = test.split("::")[0]
     rooms = {"tools": TOOL_FILES, "model": MODEL_FILES}
     return next((room for room, files in rooms.items() if any(name in path for name in files)), "op")

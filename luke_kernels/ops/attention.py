@@ -229,7 +229,7 @@ def stack_projections(query_to_words: Tensor, query_to_entities: Tensor, key: Te
 
 def available_backends() -> tuple[str, ...]:
     """Return the names of the backends that run on this machine, for some tensors at least."""
-    return tuple(name for name, support in backends.TABLE.items() if support.missing() is None)
+    return tuple(name for name, support in backends.TABLE.items() if support.missing(None) is None)
 
 
 def explain_backends(words: Tensor, entities: Tensor | None = None) -> dict[str, str | None]:

@@ -1,3 +1,4 @@
+import cuda_emulator
 import pytest
 
 from luke_kernels.ops import backends
@@ -9,6 +10,12 @@ def _tiles_of_the_interpreter(request, monkeypatch):
     if backends.INTERPRETING and "triton" in request.node.nodeid:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "TAIL": 64, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr("luke_kernels.ops.backends.triton.config", lambda *key: tile)
+
+
+@pytest.fixture(autouse=True)
+def _emulator(request, monkeypatch):
+    if "cuda-emulated" in request.node.nodeid:
+        cuda_emulator.emulate(monkeypatch)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

@@ -28,6 +28,7 @@ DTYPES = {
     "sdpa": (F64, F32, BF16, F16),
     "cpu": (F64, F32, BF16),
     "triton": (F32, F16),
+    "cuda": (F32, BF16, F16),
 }
 
 
@@ -35,12 +36,12 @@ def _run(backend: str, dtype: torch.dtype, device: str = "cpu"):
     marks = [INTERPRETED] if backend == "triton" and device == "cpu" else []
     if device == "cuda":
         marks.append(pytest.mark.gpu)
-    where = "-cuda" if device == "cuda" else ""
+    where = "-cuda" if device == "cuda" else "-emulated" if backend == "cuda" else ""
     return pytest.param(backend, dtype, id=f"{backend}{where}-{str(dtype).removeprefix('torch.')}", marks=marks)
 
 
 RUNS = [_run(backend, dtype) for backend, dtypes in DTYPES.items() for dtype in dtypes]
-RUNS += [_run(backend, dtype, "cuda") for backend in ("sdpa", "triton") for dtype in (F32, BF16, F16)]
+RUNS += [_run(backend, dtype, "cuda") for backend in ("sdpa", "triton", "cuda") for dtype in (F32, BF16, F16)]
 
 
 # Triton's interpreter is the slowest room by far: what float32 or another head_dim covers too is left to `slow`.

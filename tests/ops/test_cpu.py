@@ -196,7 +196,8 @@ def test_scratch_grows_with_the_longest_sequence_only(threads):
     def scratch_bytes(tokens: int, sequences: int) -> int:
         words, entities = torch.zeros(tokens * sequences, 4, 12, 64), torch.zeros(0, 4, 12, 64)
         layout = Layout(None, None, None, None, sequences, tokens, 0, True)
-        params = cpu.parameters(words, entities, layout, 1.0, 0.0, None, *empty_outputs(words, entities, True))
+        outputs = empty_outputs(words, entities, True)
+        params = cpu.parameters(cpu._C, words, entities, layout, 1.0, 0.0, (0, 0), *outputs)
         return cpu._C.attention_scratch_bytes_cpu(params)
 
     assert scratch_bytes(16, 1) == scratch_bytes(16, 100) < 2 * 2**21

@@ -1,5 +1,6 @@
 """What each backend supports, as data; and the choice among them. A backend asked for by name never falls back."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,23 +17,27 @@ FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = torch.float64, torch.float32, torch.bfloat
 
 @dataclass(frozen=True)
 class Support:
-    """What a backend can take. `missing` says why the backend cannot run on this machine at all, or None."""
+    """What a backend can take.
+
+    `missing` says why the backend cannot run at all on a device, or anywhere on this machine, or None.
+    """
 
     module: str
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None = None
     max_head_dim: int | None = None
-    missing: Callable[[], str | None] = lambda: None
+    missing: Callable[[torch.device | None], str | None] = lambda device: None
 
 
 # Found out here and not on demand: torch.compile traces the choice of a backend, but no imports.
-_CPU_ISA = None
+_CPU_ISA = _CUDA_ARCHITECTURES = None
 try:
     _core = importlib.import_module("luke_kernels._C")
     # For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
     if isa := os.environ.get("LUKE_KERNELS_CPU_ISA"):
         _core.set_cpu_isa(isa)
     _CPU_ISA = _core.cpu_isa()
+    _CUDA_ARCHITECTURES = _core.cuda_architectures() if hasattr(_core, "cuda_architectures") else None
     _EXTENSION_MISSING = None
 except ValueError as error:
     _EXTENSION_MISSING = str(error)
@@ -48,7 +53,25 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_missing() -> str | None:
+def _cuda_missing(device: torch.device | None) -> str | None:
+    if _EXTENSION_MISSING is not None:
+        return _EXTENSION_MISSING
+    if _CUDA_ARCHITECTURES is None:
+        return "luke_kernels._C was built without CUDA: install it where nvcc is on PATH"
+    if not torch.cuda.is_available():
+        return f"no GPU that torch can see (built for {_CUDA_ARCHITECTURES})"
+    if device is not None and device.type != "cuda":
+        return None
+    return _device_missing(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _device_missing(index: int) -> str | None:
+    return _core.cuda_missing(index) or None
+
+
+def _triton_missing(device: torch.device | None) -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if INTERPRETING:
@@ -68,7 +91,7 @@ TABLE: dict[str, Support] = {
         (FLOAT64, FLOAT32, BFLOAT16, FLOAT16),
         devices=("cpu",),
         max_head_dim=256,
-        missing=lambda: _EXTENSION_MISSING,
+        missing=lambda device: _EXTENSION_MISSING,
     ),
     "triton": Support(
         "luke_kernels.ops.backends.triton",
@@ -78,14 +101,21 @@ TABLE: dict[str, Support] = {
         max_head_dim=128,
         missing=_triton_missing,
     ),
+    "cuda": Support(
+        "luke_kernels.ops.backends.cuda",
+        (FLOAT32, BFLOAT16, FLOAT16),
+        devices=("cuda",),
+        max_head_dim=128,
+        missing=_cuda_missing,
+    ),
 }
 # Fastest first, by device and whether there is dropout. The reference is a specification and is never chosen. Without
 # dropout torch's kernel beats our portable ones, which know no instructions beyond the compiler's default.
 PREFERENCE: Mapping[tuple[str, bool], tuple[str, ...]] = {
     ("cpu", False): ("sdpa", "cpu") if _CPU_ISA == "portable" else ("cpu", "sdpa"),
     ("cpu", True): ("cpu", "sdpa"),  # sdpa draws the mask in PyTorch
-    ("cuda", False): ("triton", "sdpa"),
-    ("cuda", True): ("triton", "sdpa"),
+    ("cuda", False): ("triton", "cuda", "sdpa"),
+    ("cuda", True): ("triton", "cuda", "sdpa"),
 }
 
 
@@ -105,7 +135,7 @@ def check_name(name: str) -> None:
 def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why backend `name` cannot serve such tensors here, or None where it can."""
     support = TABLE[name]
-    if (missing := support.missing()) is not None:
+    if (missing := support.missing(device)) is not None:
         return missing
     if support.devices is not None and device.type not in support.devices:
         return f"runs on {' or '.join(support.devices)} tensors, got {device.type}"
