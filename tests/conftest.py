@@ -33,8 +33,8 @@ MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer",
 def _room(test: str) -> str:
     """Return the room of a test by its id: the first whose word it holds."""
     if test.startswith("tests/ops/"):
-        rooms = {"triton": "triton", "cuda": "cuda-emulated", "cpu": "cpu"}
-        return next((room for room, word in rooms.items() if word in test), "op")
+        rooms = {"triton": "triton", "cuda-emulated": "cuda", "test_cuda": "cuda", "cpu": "cpu"}
+        return next((room for word, room in rooms.items() if word in test), "op")
     path = test.split("::")[0]
     rooms = {"tools": TOOL_FILES, "model": MODEL_FILES}
     return next((room for room, files in rooms.items() if any(name in path for name in files)), "op")

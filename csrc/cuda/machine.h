@@ -14,6 +14,8 @@
 #define LUKE_BOTH __host__ __device__ __forceinline__
 #define LUKE_UNROLL _Pragma("unroll")
 #define LUKE_LOOP _Pragma("unroll 1")
+#define LUKE_PRAGMA(text) _Pragma(#text)
+#define LUKE_UNROLL_BY(n) LUKE_PRAGMA(unroll n)
 
 namespace luke_kernels::cuda {
 

@@ -71,7 +71,22 @@ struct MixedRows {
   }
 };
 
-// Philox-4x32-10 by the rule of luke_kernels/ops/dropout.py.
+// Philox-4x32-10: turns a counter into four draws.
+LUKE_DEVICE void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
+  LUKE_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = multiply_high(c[0], 0xD2511F53u), low0 = c[0] * 0xD2511F53u;
+    const uint32_t high1 = multiply_high(c[2], 0xCD9E8D57u), low1 = c[2] * 0xCD9E8D57u;
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// What a program draws, by the rule of luke_kernels/ops/dropout.py.
 struct Draws {
   uint32_t key[2], stream, last, threshold;
 
@@ -86,21 +101,12 @@ struct Draws {
 
   // Which of columns 4 group to 4 group + 3 of a row are kept: bits 0 to 3.
   LUKE_DEVICE uint32_t kept(uint32_t group, uint32_t row, Kind row_kind, Kind column_kind) const {
-    uint32_t c0 = group, c1 = row, c2 = stream, c3 = last ^ (row_kind == kEntity ? 1u << 31 : 0u) ^ (column_kind == kEntity ? 1u << 30 : 0u);
-    uint32_t k0 = key[0], k1 = key[1];
+    uint32_t c[4] = {group, row, stream, last ^ (row_kind == kEntity ? 1u << 31 : 0) ^ (column_kind == kEntity ? 1u << 30 : 0)};
+    philox(c, key[0], key[1]);
+    uint32_t bits = 0;
     LUKE_UNROLL
-    for (int round = 0; round < 10; ++round) {
-      const uint32_t high0 = multiply_high(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
-      const uint32_t high1 = multiply_high(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    return (c0 >= threshold ? 1u : 0u) | (c1 >= threshold ? 2u : 0u) | (c2 >= threshold ? 4u : 0u) |
-           (c3 >= threshold ? 8u : 0u);
+    for (int i = 0; i < 4; ++i) bits |= c[i] >= threshold ? 1u << i : 0;
+    return bits;
   }
 };
 

@@ -179,7 +179,9 @@ LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHead
     }
   } else {
     static_assert(kN % 2 == 0);
-    LUKE_UNROLL
+    // Registers can be indexed in unrolled loops only; where they hold no rows, fewer addresses at a time spare some.
+    [[maybe_unused]] constexpr int kUnrolled = kResident ? kHeadDim / 16 : 2;
+    LUKE_UNROLL_BY(kUnrolled)
     for (int k = 0; k < kHeadDim / 16; ++k) {
       Words a[kM];
       LUKE_UNROLL

@@ -20,6 +20,7 @@
 #define LUKE_BOTH inline
 #define LUKE_UNROLL
 #define LUKE_LOOP
+#define LUKE_UNROLL_BY(n)
 
 namespace luke_kernels::cuda {
 
