@@ -197,7 +197,8 @@ def cuda_rules(cuda: Cuda, compiler: str, folder: Path) -> tuple[list[str], list
     """Return lines of build.ninja that compile the kernels of each dtype and head_dim, and their objects."""
     architectures = ", ".join(f"sm_{each}" for each in cuda.architectures)
     named = f'-DLUKE_CUDA_ARCHITECTURES="{architectures}"'
-    flags = [*ccbin(compiler), *CUDA_FLAGS, *cuda.targets]
+    hopper = ["-DLUKE_HOPPER"] if any(each.startswith("90a") for each in cuda.architectures) else []
+    flags = [*ccbin(compiler), *CUDA_FLAGS, *cuda.targets, *hopper]
     jobs = max(1, min(os.cpu_count() or 1, memory_bytes() // NVCC_BYTES))
     lines = [
         "pool nvcc",

@@ -34,11 +34,24 @@ class Kernel(NamedTuple):
     dtype: str
     head_dim: int
     dropout: bool
+    warpgroups: bool
 
     @classmethod
     def of_symbol(cls, symbol: str) -> "Kernel | None":
-        found = re.search(rf"\d({'|'.join(KERNELS)})ILNS_5DTypeE(\d)ELi(\d+)ELb([01])E", symbol)
-        return found and cls(found[1], DTYPES[found[2]], int(found[3]), found[4] == "1")
+        found = re.search(rf"\d({'|'.join(KERNELS)})ILNS_5DTypeE(\d)ELi(\d+)ELb([01])ELb([01])E", symbol)
+        return found and cls(found[1], DTYPES[found[2]], int(found[3]), found[4] == "1", found[5] == "1")
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Return whether there are two of the kernel, one of them for the warpgroups of Hopper."""
+        return self.dtype != "float32" and self.head_dim <= 64
+
+    def is_built_for(self, architecture: str) -> bool:
+        """Return whether it is more than a trap there."""
+        return self.warpgroups == (architecture == "sm_90a" and self.has_warpgroups)
+
+    def products(self) -> str:
+        return "FFMA" if self.dtype == "float32" else "HGMMA" if self.warpgroups else "HMMA"
 
 
 class Usage(NamedTuple):
@@ -66,7 +79,7 @@ def usages(library: Path) -> dict[str, dict[Kernel, Usage]]:
         for line in lines:
             if head := re.match(r"\s*Function (\S+):$", line):
                 kernel = Kernel.of_symbol(head[1])
-            elif kernel and (use := re.search(r"REG:(\d+) STACK:(\d+)", line)):
+            elif kernel and (use := re.search(r"REG:(\d+) STACK:(\d+)", line)) and kernel.is_built_for(architecture):
                 found.setdefault(architecture, {})[kernel] = Usage(int(use[1]), int(use[2]))
     return found
 
@@ -81,7 +94,7 @@ def instructions(library: Path, architecture: str) -> dict[Kernel, dict[str, int
         elif kernel and (each := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+ )?([A-Z0-9]+)", line)):
             counts = found.setdefault(kernel, {})
             counts[each[1]] = counts.get(each[1], 0) + 1
-    return found
+    return {kernel: counts for kernel, counts in found.items() if kernel.is_built_for(architecture)}
 
 
 def build_unit_tests(program: Path) -> None:
@@ -96,8 +109,8 @@ def launches(program: Path) -> dict[Kernel, tuple[int, int]]:
     """Return kernel -> threads of a block and bytes of its shared memory, as the unit tests print them."""
     found = {}
     for line in _run(program, "--table").splitlines():
-        name, dtype, head_dim, dropout, threads, shared = line.split()
-        found[Kernel(name, dtype, int(head_dim), dropout == "1")] = int(threads), int(shared)
+        name, dtype, head_dim, dropout, warpgroups, threads, shared = line.split()
+        found[Kernel(name, dtype, int(head_dim), dropout == "1", warpgroups == "1")] = int(threads), int(shared)
     return found
 
 
@@ -110,18 +123,28 @@ def page(found: dict[str, dict[Kernel, Usage]], asked: dict[Kernel, tuple[int, i
         "that it is not stale. None of these kernels has run on a GPU yet ([what waits](../benchmarks/GPU_QUEUE.md)):",
         "configurations are what compiles without a stack.",
         "",
+        "- products: instructions that multiply, FFMA, HMMA (mma.sync) or HGMMA (wgmma)",
         "- shared: KiB of shared memory a block",
         "- stack: bytes a thread keeps in memory",
         "- blocks: how many a multiprocessor holds at a time, by registers, shared memory and threads",
         "",
-        "| chip | kernel | tensors | head_dim | threads | registers | stack | shared | blocks |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| chip | kernel | products | tensors | head_dim | threads | registers | stack | shared | blocks |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for chip, kernels in found.items():
         for kernel in sorted(kernels, key=lambda k: (k.dtype, k.head_dim, k.dropout, KERNELS.index(k.name))):
             usage, (threads, shared) = kernels[kernel], asked[kernel]
             tensors = kernel.dtype + (", dropout" if kernel.dropout else "")
-            shown = (chip, kernel.name, tensors, kernel.head_dim, threads, usage.registers, usage.stack)
+            shown = (
+                chip,
+                kernel.name,
+                kernel.products(),
+                tensors,
+                kernel.head_dim,
+                threads,
+                usage.registers,
+                usage.stack,
+            )
             shown += (f"{shared / 1024:.1f}", blocks(chip, usage.registers, threads, shared))
             lines.append(f"| {' | '.join(map(str, shown))} |")
     return "\n".join([*lines, ""])

@@ -23,14 +23,16 @@ struct BackwardConfig {
 };
 
 // Writes the gradients of queries; and lse in base 2, negative, and delta of each row for the other kernel.
-template <DType T, int kHeadDim, bool kDropout, class Config = BackwardConfig<T, kHeadDim, kDropout>>
+template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct QueryGradient {
+  using Config = BackwardConfig<T, kHeadDim, kDropout>;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
   static constexpr int kTiles = Config::kTiles, kColumns = Config::kColumns;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kRows = Config::kWarps * kTiles * 16;
   using Factor = Rows<T, kTiles, kHeadDim, !(Config::kWide && kDropout)>;
   using SecondFactor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
-  using Keys = Stream<T, kHeadDim, kColumns, kThreads>;
+  using Keys = Stream<T, kHeadDim, kColumns, kThreads, kWarpgroups>;
   static constexpr int kRowBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
   static constexpr int kSharedBytes = 2 * kRowBytes + Keys::kBytes;
 
@@ -96,14 +98,14 @@ struct QueryGradient {
       const int length = keys.length(kind);
       LUKE_LOOP
       for (int start = 0; start < length; start += kColumns) {
-        const Shared tile = keys.advance();
+        const auto block = keys.advance();
         if (start == 0) load_queries(query_tile, static_cast<Kind>(kind));
         if (start + kColumns <= length) {
-          gather<kColumns / 8, false>(tile, static_cast<Kind>(kind), start, length);
+          gather<kColumns / 8, false>(block, static_cast<Kind>(kind), start, length);
         } else if (start + kColumns / 2 < length) {
-          gather<kColumns / 8, true>(tile, static_cast<Kind>(kind), start, length);
+          gather<kColumns / 8, true>(block, static_cast<Kind>(kind), start, length);
         } else {
-          gather<kColumns / 16, true>(tile, static_cast<Kind>(kind), start, length);
+          gather<kColumns / 16, true>(block, static_cast<Kind>(kind), start, length);
         }
       }
       if (kind == kEntity || op.stack == 4) {
@@ -145,12 +147,12 @@ struct QueryGradient {
   }
 
   template <int kN, bool kTail>
-  LUKE_DEVICE void gather(Shared keys, Kind kind, int start, int length) {
+  LUKE_DEVICE void gather(const typename Keys::Block& block, Kind kind, int start, int length) {
     float p[kTiles][kN][4], ds[kTiles][kN][4];
     clear(p);
-    multiply_by_rows<T, kHeadDim>(p, queries, keys);
+    multiply_by_rows<T, kHeadDim, kWarpgroups>(p, queries, block.first);
     clear(ds);
-    multiply_by_rows<T, kHeadDim>(ds, dout, keys + Keys::kTileBytes);
+    multiply_by_rows<T, kHeadDim, kWarpgroups>(ds, dout, block.second);
     if constexpr (kDropout) {
       drop_columns<kTiles>(Draws(args, program), rows, row(0, 0), start, kind, ds, args.keep_scale);
     }
@@ -167,7 +169,7 @@ struct QueryGradient {
         }
       }
     }
-    multiply_by_columns<T, kHeadDim>(dq, ds, keys);
+    multiply_by_columns<T, kHeadDim, kWarpgroups>(dq, ds, block.first);
   }
 
   LUKE_DEVICE void store(int64_t slot) {
@@ -187,14 +189,16 @@ struct QueryGradient {
 
 // Writes the gradients of keys and values. A block of threads has keys of one kind, which meet one query of each row:
 // scores are computed transposed, the keys as rows.
-template <DType T, int kHeadDim, bool kDropout, class Config = BackwardConfig<T, kHeadDim, kDropout>>
+template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct KeyGradient {
+  using Config = BackwardConfig<T, kHeadDim, kDropout>;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
   static constexpr int kTiles = Config::kTiles, kRows = Config::kRows;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kColumns = Config::kWarps * kTiles * 16;
   using Factor = Rows<T, kTiles, kHeadDim, !(Config::kWide && kDropout)>;
   using SecondFactor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
-  using Queries = Stream<T, kHeadDim, kRows, kThreads, true>;  // with gradients of out
+  using Queries = Stream<T, kHeadDim, kRows, kThreads, kWarpgroups, true>;  // with gradients of out
   static constexpr int kKeyBytes = kColumns * Tile<T, kHeadDim>::kRowBytes;
   static constexpr int kSharedBytes = 2 * kKeyBytes + Queries::kBytes;
 
@@ -245,7 +249,7 @@ struct KeyGradient {
       const int length = queries.length(row_kind);
       LUKE_LOOP
       for (int row = 0; row < length; row += kRows) {
-        const Shared block = queries.advance();
+        const auto block = queries.advance();
         if (!loaded) {
           keys.load(memory, first_column());
           values.load(memory + kKeyBytes, first_column());
@@ -277,21 +281,20 @@ struct KeyGradient {
 
   // Adds what the first 8 kN rows of a block give. Rows that do not exist are zeros, and so is what they give.
   template <int kN>
-  LUKE_DEVICE void gather(Shared block, Kind row_kind, int row) {
+  LUKE_DEVICE void gather(const typename Queries::Block& block, Kind row_kind, int row) {
     float p[kTiles][kN][4], ds[kTiles][kN][4];
-    const Shared dout = block + Queries::kTileBytes, statistics = dout + Queries::kTileBytes;
     clear(p);
-    multiply_by_rows<T, kHeadDim>(p, keys, block);
+    multiply_by_rows<T, kHeadDim, kWarpgroups>(p, keys, block.first);
     clear(ds);
-    multiply_by_rows<T, kHeadDim>(ds, values, dout);
+    multiply_by_rows<T, kHeadDim, kWarpgroups>(ds, values, block.second);
     uint32_t kept[kTiles][kN];
     if constexpr (kDropout) {
       draw_rows(Draws(args, program), start + first_column(), kind, row, row_kind, kept);
     }
     LUKE_UNROLL
     for (int n = 0; n < kN; ++n) {
-      const Pair minus_lse = load_pair(statistics + 4 * lane_column(n, 0));
-      const Pair delta = load_pair(statistics + 4 * (kRows + lane_column(n, 0)));
+      const Pair minus_lse = load_pair(block.statistics + 4 * lane_column(n, 0));
+      const Pair delta = load_pair(block.statistics + 4 * (kRows + lane_column(n, 0)));
       LUKE_UNROLL
       for (int m = 0; m < kTiles; ++m) {
         LUKE_UNROLL
@@ -308,8 +311,8 @@ struct KeyGradient {
         }
       }
     }
-    multiply_by_columns<T, kHeadDim>(dv, p, dout);
-    multiply_by_columns<T, kHeadDim>(dk, ds, block);
+    multiply_by_columns<T, kHeadDim, kWarpgroups>(dv, p, block.second);
+    multiply_by_columns<T, kHeadDim, kWarpgroups>(dk, ds, block.first);
   }
 
   LUKE_DEVICE void store() {

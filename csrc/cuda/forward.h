@@ -9,21 +9,23 @@
 namespace luke_kernels::cuda {
 
 // Not timed on a GPU: what compiles without spills. Draws of dropout need registers of their own.
-template <DType T, int kHeadDim, bool kDropout>
+template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups>
 struct ForwardConfig {
   static constexpr bool kFloat = T == DType::kFloat32, kWide = kHeadDim > 64;
   static constexpr int kWarps = 4;
-  static constexpr int kTiles = kFloat || kWide || kDropout ? 1 : 2;
+  static constexpr int kTiles = kFloat || kWide || kDropout || kWarpgroups ? 1 : 2;
   static constexpr int kColumns = kFloat && kWide ? 16 : kFloat || (kWide && kDropout) ? 32 : 64;
 };
 
-template <DType T, int kHeadDim, bool kDropout, class Config = ForwardConfig<T, kHeadDim, kDropout>>
+template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct Forward {
+  using Config = ForwardConfig<T, kHeadDim, kDropout, kWarpgroups_>;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
   static constexpr int kTiles = Config::kTiles, kColumns = Config::kColumns;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kRows = Config::kWarps * kTiles * 16;
   using Queries = Rows<T, kTiles, kHeadDim>;
-  using Keys = Stream<T, kHeadDim, kColumns, kThreads>;
+  using Keys = Stream<T, kHeadDim, kColumns, kThreads, kWarpgroups>;
   static constexpr int kQueryBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
   // Queries that were taken to registers leave their place to the next.
   static constexpr int kQueryTiles = Queries::kInRegisters ? 1 : 2;
@@ -85,14 +87,14 @@ struct Forward {
       const int length = keys.length(kind);
       LUKE_LOOP
       for (int start = 0; start < length; start += kColumns) {
-        const Shared tile = keys.advance();
+        const auto block = keys.advance();
         if (kind == kEntity && start == 0) queries.load(second_queries, row(0, 0) - lane() / 4);
         if (start + kColumns <= length) {
-          attend<kColumns / 8, false>(tile, static_cast<Kind>(kind), start, length);
+          attend<kColumns / 8, false>(block, static_cast<Kind>(kind), start, length);
         } else if (start + kColumns / 2 < length) {
-          attend<kColumns / 8, true>(tile, static_cast<Kind>(kind), start, length);
+          attend<kColumns / 8, true>(block, static_cast<Kind>(kind), start, length);
         } else {
-          attend<kColumns / 16, true>(tile, static_cast<Kind>(kind), start, length);
+          attend<kColumns / 16, true>(block, static_cast<Kind>(kind), start, length);
         }
       }
     }
@@ -101,10 +103,10 @@ struct Forward {
 
   // Takes in the first 8 kN columns of a block of keys, of which those from `length` on do not exist.
   template <int kN, bool kTail>
-  LUKE_DEVICE void attend(Shared keys, Kind kind, int start, int length) {
+  LUKE_DEVICE void attend(const typename Keys::Block& block, Kind kind, int start, int length) {
     float scores[kTiles][kN][4];
     clear(scores);
-    multiply_by_rows<T, kHeadDim>(scores, queries, keys);
+    multiply_by_rows<T, kHeadDim, kWarpgroups>(scores, queries, block.first);
     if (args.scale < 0) {
       // The largest score is found before scaling.
       LUKE_UNROLL
@@ -163,7 +165,7 @@ struct Forward {
       }
     }
     if constexpr (kDropout) drop_columns<kTiles>(Draws(args, program), rows, row(0, 0), start, kind, scores, 1.0f);
-    multiply_by_columns<T, kHeadDim>(out, scores, keys + Keys::kTileBytes);
+    multiply_by_columns<T, kHeadDim, kWarpgroups>(out, scores, block.second);
   }
 
   LUKE_DEVICE void finish() {

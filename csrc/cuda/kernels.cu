@@ -12,7 +12,29 @@ namespace {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) attention(const __grid_constant__ Arguments args) {
-  Kernel(args).run();
+  // On Hopper, where there are two of a kernel, only that of warpgroups is compiled; elsewhere only the other.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr bool kBuilt = Kernel::kWarpgroups || !Kernel::kHasWarpgroups;
+#else
+  constexpr bool kBuilt = !Kernel::kWarpgroups;
+#endif
+  if constexpr (kBuilt) {
+    Kernel(args).run();
+  } else {
+    __trap();
+  }
+}
+
+bool has_warpgroups(int device) {
+#ifdef LUKE_HOPPER
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+#else
+  (void)device;
+  return false;
+#endif
 }
 
 // Switches to a device for a while.
@@ -69,13 +91,13 @@ struct Launch {
 template <DType T, int kHeadDim>
 void run_forward(const AttentionParams& op) {
   const Launch launch{"the forward"};
-  op.dropout_p > 0 ? forward<T, kHeadDim, true>(op, launch) : forward<T, kHeadDim, false>(op, launch);
+  forward<T, kHeadDim>(op, has_warpgroups(op.device), launch);
 }
 
 template <DType T, int kHeadDim>
 void run_backward(const AttentionParams& op) {
   const Launch launch{"the backward"};
-  op.dropout_p > 0 ? backward<T, kHeadDim, true>(op, launch) : backward<T, kHeadDim, false>(op, launch);
+  backward<T, kHeadDim>(op, has_warpgroups(op.device), launch);
 }
 
 template void run_forward<DType::LUKE_DTYPE, LUKE_HEAD_DIM>(const AttentionParams&);

@@ -27,7 +27,7 @@ LUKE_DEVICE int block_index() { return blockIdx.x; }
 LUKE_DEVICE void synchronize() { __syncthreads(); }
 
 LUKE_DEVICE Shared shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return static_cast<Shared>(__cvta_generic_to_shared(memory));
 }
 
@@ -100,6 +100,90 @@ LUKE_DEVICE void multiply_add(float (&c)[4], const Words& a, uint32_t b0, uint32
                  : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
   }
 }
+
+// Hopper's products of a warpgroup, four warps, each with 16 rows of its own. They run beside the threads: between
+// warpgroup_begin and warpgroup_end nothing may touch the registers and tiles they use.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Makes this thread's copies, landed, visible to products of warpgroups; before a barrier.
+LUKE_DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int kM, int kN>
+LUKE_DEVICE void pin(float (&c)[kM][kN][4]) {
+  LUKE_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    LUKE_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      LUKE_UNROLL
+      for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[m][n][i])::"memory");
+    }
+  }
+}
+
+template <int kM, int kN>
+LUKE_DEVICE void warpgroup_begin(float (&c)[kM][kN][4]) {
+  pin(c);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+template <int kM, int kN>
+LUKE_DEVICE void warpgroup_end(float (&c)[kM][kN][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  pin(c);
+}
+
+// c (64 x 8 kN) += a (64 x 16) b (16 x 8 kN), a and c as in multiply_add, in each warp. `b` describes where the right factor
+// lies: its columns in rows of a tile or, where kTransposed, in columns.
+template <DType T, bool kTransposed, int kN>
+LUKE_DEVICE void warpgroup_multiply_add(float (&c)[kN][4], const Words& a, uint64_t b) {
+  static_assert(kN == 2 || kN == 4 || kN == 8);
+#define LUKE_SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define LUKE_FACTORS "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "l"(b), "n"(kTransposed)
+  if constexpr (T == DType::kBFloat16) {
+    if constexpr (kN == 2) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, %13;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1)
+                   : LUKE_FACTORS);
+    } else if constexpr (kN == 4) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 1, 1, 1, %21;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1), LUKE_SUMS(2), LUKE_SUMS(3)
+                   : LUKE_FACTORS);
+    } else if constexpr (kN == 8) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1), LUKE_SUMS(2), LUKE_SUMS(3), LUKE_SUMS(4), LUKE_SUMS(5), LUKE_SUMS(6), LUKE_SUMS(7)
+                   : LUKE_FACTORS);
+    }
+  } else {
+    if constexpr (kN == 2) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, %13;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1)
+                   : LUKE_FACTORS);
+    } else if constexpr (kN == 4) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 1, 1, 1, %21;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1), LUKE_SUMS(2), LUKE_SUMS(3)
+                   : LUKE_FACTORS);
+    } else if constexpr (kN == 8) {
+      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+                   : LUKE_SUMS(0), LUKE_SUMS(1), LUKE_SUMS(2), LUKE_SUMS(3), LUKE_SUMS(4), LUKE_SUMS(5), LUKE_SUMS(6), LUKE_SUMS(7)
+                   : LUKE_FACTORS);
+    }
+  }
+#undef LUKE_SUMS
+#undef LUKE_FACTORS
+}
+
+#else
+
+LUKE_DEVICE void fence_copies() {}
+template <int kM, int kN>
+LUKE_DEVICE void warpgroup_begin(float (&)[kM][kN][4]) {}
+template <int kM, int kN>
+LUKE_DEVICE void warpgroup_end(float (&)[kM][kN][4]) {}
+template <DType T, bool kTransposed, int kN>
+LUKE_DEVICE void warpgroup_multiply_add(float (&)[kN][4], const Words&, uint64_t) {}
+
+#endif
 
 // Two floats rounded to halves, the first in the low bits.
 template <DType T>

@@ -7,12 +7,17 @@
 namespace luke_kernels::cuda {
 
 // kRows rows of each matrix at a time, copied one block ahead; where kStatistics, also two floats a row.
-template <DType T, int kHeadDim, int kRows, int kThreads, bool kStatistics = false>
+template <DType T, int kHeadDim, int kRows, int kThreads, bool kWarpgroups, bool kStatistics = false>
 struct Stream {
   static constexpr int kTileBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
-  // A block: the two tiles, then the first float of all rows, then the second.
-  static constexpr int kBlockBytes = 2 * kTileBytes + (kStatistics ? 2 * kRows * 4 : 0);
-  static constexpr int kBytes = 2 * kBlockBytes;
+  static constexpr int kBlockBytes = 2 * kTileBytes;
+  // Behind both blocks: the first float of all rows of a block, then the second.
+  static constexpr int kStatisticsBytes = kStatistics ? 2 * kRows * 4 : 0;
+  static constexpr int kBytes = 2 * (kBlockBytes + kStatisticsBytes);
+
+  struct Block {
+    Shared first, second, statistics;
+  };
 
   struct Source {
     const char* matrices[2];
@@ -30,16 +35,22 @@ struct Stream {
   LUKE_DEVICE int length(int kind) const { return kind == kWord ? sources[kWord].length : sources[kEntity].length; }
   LUKE_DEVICE int blocks(Kind kind) const { return blocks_of(length(kind), kRows); }
 
+  LUKE_DEVICE Block block(int i) const {
+    const Shared first = memory + i % 2 * kBlockBytes;
+    return {first, first + kTileBytes, memory + 2 * kBlockBytes + i % 2 * kStatisticsBytes};
+  }
+
   // Begins to copy block `next`, where there is one, and ends a group of copies.
   LUKE_DEVICE void copy_next() {
     const bool entity = next >= blocks(kWord);
     const Source source = entity ? sources[kEntity] : sources[kWord];
     const int start = (next - (entity ? blocks(kWord) : 0)) * kRows;
     if (start < source.length) {
-      const Shared block = memory + next % 2 * kBlockBytes;
+      const Block to = block(next);
       LUKE_UNROLL
       for (int which = 0; which < 2; ++which) {
-        copy_rows<T, kHeadDim, kRows, kThreads>(block + which * kTileBytes, chunks, source.matrices[0], [&](int i) {
+        const Shared tile = which == 0 ? to.first : to.second;
+        copy_rows<T, kHeadDim, kRows, kThreads>(tile, chunks, source.matrices[0], [&](int i) {
           return start + i < source.length ? source.matrices[which] + (start + i) * source.strides[which] : nullptr;
         });
       }
@@ -47,7 +58,7 @@ struct Stream {
         for (int i = thread_index(); i < 2 * kRows; i += kThreads) {
           const bool exists = start + i % kRows < source.length;
           const float* from = source.statistics + (exists ? start + i % kRows + i / kRows * source.statistics_stride : 0);
-          copy_async<4>(block + 2 * kTileBytes + 4 * i, from, exists);
+          copy_async<4>(to.statistics + 4 * i, from, exists);
         }
       }
     }
@@ -56,12 +67,13 @@ struct Stream {
   }
 
   // Waits for a block, begins to copy the one after it, and returns where the block lies.
-  LUKE_DEVICE Shared advance() {
-    const Shared block = memory + (next - 1) % 2 * kBlockBytes;
+  LUKE_DEVICE Block advance() {
+    const Block landed = block(next - 1);
     wait_copies<0>();
+    if constexpr (kWarpgroups) fence_copies();
     synchronize();
     copy_next();
-    return block;
+    return landed;
   }
 };
 

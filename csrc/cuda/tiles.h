@@ -30,6 +30,16 @@ struct Tile {
     constexpr uint32_t kPermuted = kChunks >= 8 ? 8 : kChunks;
     return row * kRowBytes + (chunk ^ row / kRowsPerLine % kPermuted) * 16;
   }
+
+  // Whether that is how products of warpgroups take tiles, at multiples of kAlignment (PTX ISA, "Matrix descriptor").
+  static constexpr bool kForWarpgroups = T != DType::kFloat32 && kRowBytes <= 128;
+  static constexpr int kAlignment = 8 * kRowBytes;
+
+  LUKE_BOTH static uint64_t descriptor(Shared at) {
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;  // of 128 or 64 bytes
+    constexpr uint64_t kUnused = 1, kEightRows = kAlignment / 16;
+    return kSwizzle << 62 | kEightRows << 32 | kUnused << 16 | at / 16 % (1 << 14);
+  }
 };
 
 // Begins to copy kRows rows into a tile, by all threads. row(i) is the address of row i, or null: zeros. Chunks from
@@ -148,10 +158,21 @@ LUKE_DEVICE void add_up_rows(float (&sums)[kTiles][2]) {
 }
 
 // c += left right^T: the columns of c are the first 8 kN rows of the tile `right`.
-template <DType T, int kHeadDim, int kM, int kN, bool kResident>
+template <DType T, int kHeadDim, bool kWarpgroups, int kM, int kN, bool kResident>
 LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHeadDim, kResident>& left, Shared right) {
   using Places = Tile<T, kHeadDim>;
-  if constexpr (T == DType::kFloat32) {
+  if constexpr (kWarpgroups) {
+    static_assert(Places::kForWarpgroups && kResident);
+    warpgroup_begin(c);
+    LUKE_UNROLL
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      LUKE_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        warpgroup_multiply_add<T, false>(c[m], left.a[m][k], Places::descriptor(right + 32 * k));
+      }
+    }
+    warpgroup_end(c);
+  } else if constexpr (T == DType::kFloat32) {
     LUKE_LOOP
     for (int k = 0; k < kHeadDim / 4; ++k) {
       Floats a[kM][2];
@@ -201,7 +222,7 @@ LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHead
 }
 
 // c += left right: `left` holds sums as products give them, its columns are the first 8 kK rows of the tile `right`.
-template <DType T, int kHeadDim, int kM, int kK>
+template <DType T, int kHeadDim, bool kWarpgroups, int kM, int kK>
 LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const float (&left)[kM][kK][4], Shared right) {
   using Places = Tile<T, kHeadDim>;
   if constexpr (T == DType::kFloat32) {
@@ -233,24 +254,39 @@ LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const floa
     }
   } else {
     static_assert(kK % 2 == 0);
+    Words a[kK / 2][kM];
     LUKE_UNROLL
     for (int k = 0; k < kK / 2; ++k) {
-      Words a[kM];
       LUKE_UNROLL
       for (int m = 0; m < kM; ++m) {
         LUKE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const float(&sums)[4] = left[m][2 * k + i / 2];
-          a[m].w[i] = pack<T>(sums[i % 2 * 2], sums[i % 2 * 2 + 1]);
+          a[k][m].w[i] = pack<T>(sums[i % 2 * 2], sums[i % 2 * 2 + 1]);
         }
       }
+    }
+    if constexpr (kWarpgroups) {
+      warpgroup_begin(c);
       LUKE_UNROLL
-      for (int n = 0; n < kHeadDim / 8; n += 2) {
-        const Words b = load_matrices_transposed(right + Places::place(16 * k + lane() % 16, n + lane() / 16));
+      for (int k = 0; k < kK / 2; ++k) {
         LUKE_UNROLL
         for (int m = 0; m < kM; ++m) {
-          multiply_add<T>(c[m][n], a[m], b.w[0], b.w[1]);
-          multiply_add<T>(c[m][n + 1], a[m], b.w[2], b.w[3]);
+          warpgroup_multiply_add<T, true>(c[m], a[k][m], Places::descriptor(right + 16 * k * Places::kRowBytes));
+        }
+      }
+      warpgroup_end(c);
+    } else {
+      LUKE_UNROLL
+      for (int k = 0; k < kK / 2; ++k) {
+        LUKE_UNROLL
+        for (int n = 0; n < kHeadDim / 8; n += 2) {
+          const Words b = load_matrices_transposed(right + Places::place(16 * k + lane() % 16, n + lane() / 16));
+          LUKE_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            multiply_add<T>(c[m][n], a[k][m], b.w[0], b.w[1]);
+            multiply_add<T>(c[m][n + 1], a[k][m], b.w[2], b.w[3]);
+          }
         }
       }
     }

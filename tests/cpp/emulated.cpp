@@ -10,13 +10,14 @@ namespace luke_kernels {
 
 namespace {
 
-// LUKE_EMULATOR_ORDER holds "last" or "first", and "at once" or "late".
+// LUKE_EMULATOR_ORDER holds "last" or "first", "at once" or "late", and perhaps "warpgroups", for the kernels of Hopper.
 cuda::emulator::Order order() {
   const char* given = std::getenv("LUKE_EMULATOR_ORDER");
   const std::string text = given ? given : "";
   cuda::emulator::Order order;
   order.last_warp_first = text.find("last") != std::string::npos;
   order.copies_land_at_once = text.find("at once") != std::string::npos;
+  order.warpgroups = text.find("warpgroups") != std::string::npos;
   return order;
 }
 
@@ -48,12 +49,12 @@ namespace cuda {
 
 template <DType T, int kHeadDim>
 void run_forward(const AttentionParams& op) {
-  op.dropout_p > 0 ? forward<T, kHeadDim, true>(op, Emulate()) : forward<T, kHeadDim, false>(op, Emulate());
+  forward<T, kHeadDim>(op, order().warpgroups, Emulate());
 }
 
 template <DType T, int kHeadDim>
 void run_backward(const AttentionParams& op) {
-  op.dropout_p > 0 ? backward<T, kHeadDim, true>(op, Emulate()) : backward<T, kHeadDim, false>(op, Emulate());
+  backward<T, kHeadDim>(op, order().warpgroups, Emulate());
 }
 
 #define LUKE_INSTANTIATE(T, D)                                      \

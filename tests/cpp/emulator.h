@@ -32,6 +32,7 @@ namespace emulator {
 struct Order {
   bool last_warp_first = false;
   bool copies_land_at_once = false;
+  bool warpgroups = false;  // whose kernels run
 };
 
 [[noreturn]] inline void fail(const char* what) {
@@ -55,13 +56,14 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   bool begun = false, done = false;
   std::vector<std::vector<Copy>> groups;  // the last is open
+  std::vector<Shared> unfenced;           // where copies landed that products of warpgroups may not see yet
 };
 
 // What lanes bring to an instruction of their warp, and take from it.
 struct Lane {
   const char* instruction;
   uint32_t in[8];
-  float sums[4];
+  float sums[64];
   uint32_t out[4];
 };
 
@@ -69,10 +71,11 @@ struct Block {
   Order order;
   int index = 0, threads = 0;
   std::vector<char> shared;
+  std::vector<int> unfenced;  // copies of each 16 bytes that no fence has followed
   std::vector<Fiber> fibers;
   std::vector<Lane> lanes;
   std::vector<uint32_t> runnable;  // a warp's lanes, as bits
-  std::vector<int> arrived;        // a warp's lanes at an instruction
+  std::vector<int> arrived, arrived_together;  // a warp's lanes at an instruction; a warpgroup's, by its first warp
   int at_barrier = 0, running = 0, current = 0;
   std::function<void()> body;
   jmp_buf scheduler;
@@ -105,10 +108,12 @@ inline void run_block(Block& b) {
   const int warps = b.threads / kLanes;
   b.runnable.assign(warps, 0xffffffffu);
   b.arrived.assign(warps, 0);
+  b.arrived_together.assign(warps, 0);
   b.lanes.assign(b.threads, Lane{});
   b.fibers.resize(b.threads);
   for (Fiber& fiber : b.fibers) {
     fiber.begun = fiber.done = false;
+    fiber.unfenced.clear();
     fiber.groups.assign(1, {});
   }
   b.running = b.threads;
@@ -143,28 +148,30 @@ inline int64_t run_grid(int64_t blocks, int threads, int shared_bytes, Order ord
   for (int64_t i = 0; i < blocks; ++i) {
     b.index = static_cast<int>(i);
     b.shared.assign(shared_bytes, static_cast<char>(0xff));
+    b.unfenced.assign(shared_bytes / 16 + 1, 0);
     run_block(b);
   }
   return b.bank_conflicts;
 }
 
-// Meets the other lanes of the warp at an instruction; the last to come computes it for all.
-template <class Compute>
+// Meets the other lanes of the warp, or of kWarps of them, at an instruction; the last to come computes it for all.
+template <int kWarps = 1, class Compute>
 const Lane& meet(const char* instruction, const Lane& brought, Compute compute) {
   Block& b = *block();
-  const int warp = b.current / kLanes, me = b.current;
-  Lane* lanes = b.lanes.data() + warp * kLanes;
+  const int first = b.current / kLanes / kWarps * kWarps, me = b.current;
+  Lane* lanes = b.lanes.data() + first * kLanes;
   b.lanes[me] = brought;
   b.lanes[me].instruction = instruction;
-  if (++b.arrived[warp] < kLanes) {
+  int& arrived = (kWarps == 1 ? b.arrived : b.arrived_together)[first];
+  if (++arrived < kWarps * kLanes) {
     wait();
   } else {
-    for (int i = 0; i < kLanes; ++i) {
-      if (std::strcmp(lanes[i].instruction, instruction) != 0) fail("lanes of a warp meet at different instructions");
+    for (int i = 0; i < kWarps * kLanes; ++i) {
+      if (std::strcmp(lanes[i].instruction, instruction) != 0) fail("lanes meet at different instructions");
     }
     compute(lanes);
-    b.arrived[warp] = 0;
-    b.runnable[warp] = 0xffffffffu;
+    arrived = 0;
+    for (int warp = first; warp < first + kWarps; ++warp) b.runnable[warp] = 0xffffffffu;
   }
   return b.lanes[me];
 }
@@ -270,7 +277,11 @@ void wait_copies() {
   emulator::Block& b = *emulator::block();
   auto& groups = b.fibers[b.current].groups;
   while (groups.size() > kPending + 1) {
-    for (const emulator::Copy& copy : groups.front()) emulator::land(copy);
+    for (const emulator::Copy& copy : groups.front()) {
+      emulator::land(copy);
+      ++b.unfenced[copy.to / 16];
+      b.fibers[b.current].unfenced.push_back(copy.to);
+    }
     groups.erase(groups.begin());
   }
 }
@@ -368,6 +379,58 @@ void multiply_add(float (&c)[4], const Words& a, uint32_t b0, uint32_t b1) {
     }
   });
   for (int i = 0; i < 4; ++i) c[i] = result.sums[i];
+}
+
+inline void fence_copies() {
+  emulator::Block& b = *emulator::block();
+  for (const Shared address : b.fibers[b.current].unfenced) --b.unfenced[address / 16];
+  b.fibers[b.current].unfenced.clear();
+}
+
+template <int kM, int kN>
+void warpgroup_begin(float (&)[kM][kN][4]) {}
+template <int kM, int kN>
+void warpgroup_end(float (&)[kM][kN][4]) {}
+
+template <DType T, bool kTransposed, int kN>
+void warpgroup_multiply_add(float (&c)[kN][4], const Words& a, uint64_t b) {
+  emulator::Lane lane{};
+  std::memcpy(lane.in, a.w, sizeof(a.w));
+  std::memcpy(lane.sums, c, sizeof(c));
+  const auto& result = emulator::meet<4>("wgmma", lane, [b](emulator::Lane* lanes) {
+    const uint32_t start = b % (1 << 14) * 16, eight_rows = (b >> 32 & 0x3fff) * 16, mode = b >> 62;
+    if (mode != 1 && mode != 2) emulator::fail("a descriptor names another swizzle than of 128 or 64 bytes");
+    const uint32_t pitch = mode == 1 ? 128 : 64;
+    float right[8 * kN][16];
+    for (uint32_t n = 0; n < 8 * kN; ++n) {
+      for (uint32_t k = 0; k < 16; ++k) {
+        const uint32_t row = kTransposed ? k : n, column = kTransposed ? n : k;
+        if (2 * column >= pitch) emulator::fail("a right factor is wider than its swizzle");
+        uint32_t address = start + row / 8 * eight_rows + row % 8 * pitch + 2 * column;
+        address ^= (address >> 7 & (mode == 1 ? 7 : 3)) << 4;
+        if (emulator::block()->unfenced[address / 16]) emulator::fail("wgmma reads a copy before a fence");
+        right[n][k] = unpack<T>(emulator::at<uint16_t>(address));
+      }
+    }
+    for (int l = 0; l < 4 * emulator::kLanes; ++l) {
+      const emulator::Lane* quad = lanes + l / 4 * 4;
+      float left[2][16];
+      for (int t = 0; t < 4; ++t) {
+        for (int i = 0; i < 4; ++i) {
+          for (int high = 0; high < 2; ++high) {
+            left[i % 2][2 * t + 8 * (i / 2) + high] = unpack<T>(quad[t].in[i] >> 16 * high);
+          }
+        }
+      }
+      for (int i = 0; i < 4 * kN; ++i) {
+        double sum = lanes[l].sums[i];
+        const float *x = left[i / 2 % 2], *y = right[i / 4 * 8 + 2 * (l % 4) + i % 2];
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[k]) * y[k];
+        lanes[l].sums[i] = static_cast<float>(sum);
+      }
+    }
+  });
+  std::memcpy(c, result.sums, sizeof(c));
 }
 
 struct alignas(16) Floats {

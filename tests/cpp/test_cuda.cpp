@@ -58,16 +58,18 @@ struct Numbers {
   }
 };
 
-// One warp: 32 rows of a left tile by 32 of a right one; then sums as the left factor.
-template <DType T, int D, bool kResident>
+// A warp, or a warpgroup: its rows of a left tile by 32 of a right one; then sums as the left factor.
+template <DType T, int D, bool kResident, bool kWarpgroups = false>
 void test_products() {
-  constexpr int kM = 2, kN = 4, kTileBytes = 32 * Tile<T, D>::kRowBytes;
+  constexpr int kM = kWarpgroups ? 1 : 2, kN = 4, kWarps = kWarpgroups ? 4 : 1, kRows = kWarps * kM * 16;
+  constexpr int kTileBytes = kRows * Tile<T, D>::kRowBytes;
   Numbers<T> numbers;
-  float left[32][D], right[32][D], sums[32][32];
-  for (auto* matrix : {&left, &right}) {
-    for (auto& row : *matrix) {
-      for (float& x : row) x = numbers.draw();
-    }
+  float left[kRows][D], right[32][D], sums[kRows][32];
+  for (auto& row : left) {
+    for (float& x : row) x = numbers.draw();
+  }
+  for (auto& row : right) {
+    for (float& x : row) x = numbers.draw();
   }
   for (auto& row : sums) {
     for (float& x : row) x = numbers.draw();
@@ -75,29 +77,28 @@ void test_products() {
   const auto body = [&] {
     if (thread_index() == 0) {
       char* memory = emulator::block()->shared.data();
-      for (int row = 0; row < 32; ++row) {
-        for (int d = 0; d < D; ++d) {
-          numbers.template put<D>(memory, row, d, left[row][d]);
-          numbers.template put<D>(memory + kTileBytes, row, d, right[row][d]);
-        }
+      for (int d = 0; d < D; ++d) {
+        for (int row = 0; row < kRows; ++row) numbers.template put<D>(memory, row, d, left[row][d]);
+        for (int row = 0; row < 32; ++row) numbers.template put<D>(memory + kTileBytes, row, d, right[row][d]);
       }
     }
     synchronize();
     Rows<T, kM, D, kResident> rows;
-    rows.load(0, 0);
+    const int first_row = warp() * 16 * kM;
+    rows.load(0, first_row);
     float by_rows[kM][kN][4], factor[kM][kN][4], by_columns[kM][D / 8][4], dots[kM][2];
     clear(by_rows);
     clear(by_columns);
-    multiply_by_rows<T, D>(by_rows, rows, kTileBytes);
+    multiply_by_rows<T, D, kWarpgroups>(by_rows, rows, kTileBytes);
     rows.dot(rows, dots);
     add_up_rows(dots);
-    const auto row_of = [](int m, int i) { return 16 * m + 8 * (i / 2) + lane() / 4; };
+    const auto row_of = [first_row](int m, int i) { return first_row + 16 * m + 8 * (i / 2) + lane() / 4; };
     for (int m = 0; m < kM; ++m) {
       for (int n = 0; n < kN; ++n) {
         for (int i = 0; i < 4; ++i) factor[m][n][i] = sums[row_of(m, i)][lane_column(n, i % 2)];
       }
     }
-    multiply_by_columns<T, D>(by_columns, factor, kTileBytes);
+    multiply_by_columns<T, D, kWarpgroups>(by_columns, factor, kTileBytes);
     for (int m = 0; m < kM; ++m) {
       for (int i = 0; i < 4; ++i) {
         const int row = row_of(m, i);
@@ -117,7 +118,8 @@ void test_products() {
       }
     }
   };
-  expect(emulator::run_grid(1, 32, 2 * kTileBytes, {}, body) == 0, "no lanes of an ldmatrix meet in a bank");
+  const int bytes = kTileBytes + 32 * Tile<T, D>::kRowBytes;
+  expect(emulator::run_grid(1, 32 * kWarps, bytes, {}, body) == 0, "no lanes of an ldmatrix meet in a bank");
 }
 
 template <DType T, int D>
@@ -125,6 +127,7 @@ void test_dimension() {
   test_places<T, D>();
   test_products<T, D, true>();
   test_products<T, D, false>();
+  if constexpr (Tile<T, D>::kForWarpgroups) test_products<T, D, true, true>();
 }
 
 template <DType T>
@@ -173,17 +176,18 @@ void test_places_of_sequences() {
   expect(regular.offset == 120 && regular.length == 30, "without offsets and lengths sequences follow one another");
 }
 
-template <DType T, int D, bool kDropout>
+template <DType T, int D, bool kDropout, bool kWarpgroups = false>
 void print_kernels(const char* dtype) {
   const auto print = [dtype](const char* name, int threads, int bytes) {
-    std::printf("%s %s %d %d %d %d\n", name, dtype, D, kDropout, threads, bytes);
+    std::printf("%s %s %d %d %d %d %d\n", name, dtype, D, kDropout, kWarpgroups, threads, bytes);
   };
-  using F = Forward<T, D, kDropout>;
-  using Q = QueryGradient<T, D, kDropout>;
-  using K = KeyGradient<T, D, kDropout>;
+  using F = Forward<T, D, kDropout, kWarpgroups>;
+  using Q = QueryGradient<T, D, kDropout, kWarpgroups>;
+  using K = KeyGradient<T, D, kDropout, kWarpgroups>;
   print("Forward", F::kThreads, F::kSharedBytes);
   print("QueryGradient", Q::kThreads, Q::kSharedBytes);
   print("KeyGradient", K::kThreads, K::kSharedBytes);
+  if constexpr (F::kHasWarpgroups && !kWarpgroups) print_kernels<T, D, kDropout, true>(dtype);
 }
 
 template <DType T>

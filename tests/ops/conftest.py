@@ -16,6 +16,8 @@ def _tiles_of_the_interpreter(request, monkeypatch):
 def _emulator(request, monkeypatch):
     if "cuda-emulated" in request.node.nodeid:
         cuda_emulator.emulate(monkeypatch)
+    if "hopper" in request.node.nodeid:
+        monkeypatch.setenv("LUKE_EMULATOR_ORDER", "warpgroups")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

@@ -16,7 +16,9 @@ from luke_kernels import entity_aware_attention
 _C = pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(_C.__file__)
-SMALL_STACK = {("KeyGradient", "float32", 128, True): 16}
+# Of each dtype, head_dim and with dropout or without.
+KERNELS = len(cuda_kernels.KERNELS) * len(DTYPES) * 3 * 2
+SMALL_STACK = {("KeyGradient", "float32", 128, True, False): 16}
 BUILT = pytest.mark.skipif(not hasattr(_C, "cuda_architectures"), reason="luke_kernels._C was built without CUDA")
 DUMPED = pytest.mark.skipif(cuda_kernels.cuobjdump() is None, reason="neither cuobjdump nor triton is installed")
 
@@ -40,15 +42,18 @@ def test_parts(unit_tests):
     assert (done.returncode, done.stdout) == (0, "all passed\n"), done.stderr
 
 
+@pytest.mark.parametrize("kernels", ["", "warpgroups"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_order_of_warps_and_copies(dtype, head_dim, emulated, monkeypatch):
+def test_order_of_warps_and_copies(dtype, head_dim, kernels, emulated, monkeypatch):
     """A barrier or a wait that is missing shows where the first or the last warp runs ahead, or copies land late."""
+    if kernels and (dtype == torch.float32 or head_dim > 64):
+        pytest.skip("the same kernels")
     case = Case(130, 70, "ragged", head_dim)
-    for options in ({}, {"dropout_p": 0.1, "seed": torch.tensor([1, 2])}):
+    for options in ({}, *([{"dropout_p": 0.1, "seed": torch.tensor([1, 2])}] if head_dim == 64 else [])):
         results = []
         for order in ("first late", "last late", "first at once", "last at once"):
-            monkeypatch.setenv("LUKE_EMULATOR_ORDER", order)
+            monkeypatch.setenv("LUKE_EMULATOR_ORDER", f"{order} {kernels}")
             results.append(run(case, dtype, "cuda", **options))
         if not options:
             assert_as_exact_as_eager(results[0], case, dtype)
@@ -84,14 +89,14 @@ def test_registers_and_stack():
     built = {each.removesuffix("+PTX") for each in _C.cuda_architectures().split(", ")}
     assert set(found) == built
     for kernels in found.values():
-        assert len(kernels) == 3 * 3 * 3 * 2
+        assert len(kernels) == KERNELS
         stacks = {kernel: usage.stack for kernel, usage in kernels.items()}
         assert {kernel: stack for kernel, stack in stacks.items() if stack > SMALL_STACK.get(kernel, 0)} == {}
 
 
 def test_shared_memory_fits_every_chip(unit_tests):
     asked = cuda_kernels.launches(unit_tests)
-    assert len(asked) == 3 * 3 * 3 * 2
+    assert len(asked) == KERNELS + 3 * 2 * 2 * 2  # those of warpgroups too
     assert max(shared for _, shared in asked.values()) <= cuda_kernels.SMALLEST_SHARED_BYTES
 
 
@@ -99,13 +104,15 @@ def test_shared_memory_fits_every_chip(unit_tests):
 @DUMPED
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_instructions(architecture):
-    """Halves meet in tensor cores, float32 does not; tiles come by asynchronous copies."""
+    """Halves meet in tensor cores, on Hopper those of warpgroups; float32 does not. Tiles come by asynchronous copies."""
     if architecture not in _C.cuda_architectures():
         pytest.skip(f"not built for {architecture}")
-    for kernel, counts in cuda_kernels.instructions(LIBRARY, architecture).items():
-        half = kernel.dtype != "float32"
-        assert (counts.get("HMMA", 0) > 0) == (counts.get("LDSM", 0) > 0) == half, kernel
-        assert counts["LDGSTS"] > 0, kernel
+    found = cuda_kernels.instructions(LIBRARY, architecture)
+    assert len(found) == KERNELS
+    for kernel, counts in found.items():
+        assert {"HMMA", "HGMMA"} & counts.keys() == {kernel.products()} - {"FFMA"}, kernel
+        assert {"LDGSTS", "FFMA"} < counts.keys(), kernel
+        assert ("LDSM" in counts) == (kernel.dtype != "float32"), kernel
 
 
 @BUILT
@@ -130,6 +137,8 @@ BROKEN = {
     "slots of dQ": ("backward.h", "(kind)));\n        clear", "(1 - kind)));\n        clear"),
     "query of dK": ("backward.h", "op.query_slot(kind) * q.slot_stride", "op.query_slot(row_kind) * q.slot_stride"),
     "barrier of the stream": ("stream.h", "    synchronize();\n", ""),
+    "fence of copies": ("stream.h", "if constexpr (kWarpgroups) fence_copies();", ""),
+    "descriptor": ("tiles.h", "kEightRows = kAlignment / 16", "kEightRows = kAlignment / 8"),
     "wait of the stream": ("stream.h", "    wait_copies<0>();\n", ""),
 }  # fmt: skip
 
@@ -144,7 +153,7 @@ def test_broken_kernels_are_caught(name, tmp_path):
     assert text in source.read_text()
     source.write_text(source.read_text().replace(text, replacement))
     script = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import pytest, torch, cuda_emulator
 from attention_cases import Case, assert_as_exact_as_eager, run
@@ -153,7 +162,9 @@ pybind11 = __import__("pybind11")
 path = cuda_emulator.build(Path({str(tmp_path)!r}), ["c++", f"-I{{pybind11.get_include()}}"])
 cuda_emulator.emulate(pytest.MonkeyPatch(), cuda_emulator.load(path))
 case = Case(150, 70, "ragged", 64)
-assert_as_exact_as_eager(run(case, torch.bfloat16, "cuda"), case, torch.bfloat16)
+for order in ("", "warpgroups"):
+    os.environ["LUKE_EMULATOR_ORDER"] = order
+    assert_as_exact_as_eager(run(case, torch.bfloat16, "cuda"), case, torch.bfloat16)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode != 0
