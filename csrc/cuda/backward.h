@@ -30,8 +30,7 @@ struct QueryGradient {
   static constexpr int kTiles = Config::kTiles, kColumns = Config::kColumns;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kRows = Config::kWarps * kTiles * 16;
-  using Factor = Rows<T, kTiles, kHeadDim, !(Config::kWide && kDropout)>;
-  using SecondFactor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
+  using Factor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
   using Keys = Stream<T, kHeadDim, kColumns, kThreads, kWarpgroups>;
   static constexpr int kRowBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
   static constexpr int kSharedBytes = 2 * kRowBytes + Keys::kBytes;
@@ -39,8 +38,7 @@ struct QueryGradient {
   const Arguments& args;
   Program program;
   MixedRows rows;
-  Factor queries;
-  SecondFactor dout;
+  Factor queries, dout;
   float dq[kTiles][kHeadDim / 8][4];
   float minus_lse[kTiles][2], delta[kTiles][2];
 
@@ -81,7 +79,7 @@ struct QueryGradient {
     synchronize();
     dout.load(memory, first_row());
     {
-      SecondFactor out;
+      Factor out;
       out.load(memory + kRowBytes, first_row());
       dout.dot(out, delta);
     }
@@ -196,8 +194,7 @@ struct KeyGradient {
   static constexpr int kTiles = Config::kTiles, kRows = Config::kRows;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kColumns = Config::kWarps * kTiles * 16;
-  using Factor = Rows<T, kTiles, kHeadDim, !(Config::kWide && kDropout)>;
-  using SecondFactor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
+  using Factor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
   using Queries = Stream<T, kHeadDim, kRows, kThreads, kWarpgroups, true>;  // with gradients of out
   static constexpr int kKeyBytes = kColumns * Tile<T, kHeadDim>::kRowBytes;
   static constexpr int kSharedBytes = 2 * kKeyBytes + Queries::kBytes;
@@ -207,8 +204,7 @@ struct KeyGradient {
   Place words, entities;
   Kind kind;
   int start;
-  Factor keys;
-  SecondFactor values;
+  Factor keys, values;
   float dk[kTiles][kHeadDim / 8][4], dv[kTiles][kHeadDim / 8][4];
 
   LUKE_DEVICE explicit KeyGradient(const Arguments& args)

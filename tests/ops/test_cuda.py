@@ -18,7 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(_C.__file__)
 # Of each dtype, head_dim and with dropout or without.
 KERNELS = len(cuda_kernels.KERNELS) * len(DTYPES) * 3 * 2
-SMALL_STACK = {("KeyGradient", "float32", 128, True, False): 16}
+# Bytes, by dtype, of kernels for dK and dV of heads of 128 with dropout.
+SMALL_STACK = {
+    ("KeyGradient", dtype, 128, True, False): size
+    for dtype, size in (("float32", 16), ("bfloat16", 8), ("float16", 8))
+}
 BUILT = pytest.mark.skipif(not hasattr(_C, "cuda_architectures"), reason="luke_kernels._C was built without CUDA")
 DUMPED = pytest.mark.skipif(cuda_kernels.cuobjdump() is None, reason="neither cuobjdump nor triton is installed")
 
@@ -104,7 +108,7 @@ def test_shared_memory_fits_every_chip(unit_tests):
 @DUMPED
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_instructions(architecture):
-    """Halves meet in tensor cores, on Hopper those of warpgroups; float32 does not. Tiles come by asynchronous copies."""
+    """Halves meet in tensor cores, on Hopper by warpgroups; float32 does not. Tiles come by asynchronous copies."""
     if architecture not in _C.cuda_architectures():
         pytest.skip(f"not built for {architecture}")
     found = cuda_kernels.instructions(LIBRARY, architecture)
