@@ -63,6 +63,8 @@ class Cuda(NamedTuple):
             number, plus, _ = architecture.partition("+")
             options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if plus:
+                # Without the letter: what is written for one architecture alone runs on no later one.
+                number = number.rstrip("af")
                 options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         return options
 
@@ -122,6 +124,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
                 f"LUKE_KERNELS_CUDA_ARCHS must list architectures from 80 on, as in {CUDA_ARCHITECTURES!r}, got "
                 f"{architecture!r}"
             )
+    if "90a" in chosen and {"90", "90+PTX"} & {*chosen}:
+        raise PlatformError(f"LUKE_KERNELS_CUDA_ARCHS must list 90 or 90a, not both, got {' '.join(chosen)!r}")
     if chosen:
         return chosen
     known = re.findall(
@@ -132,8 +136,10 @@ def cuda_architectures(nvcc: str) -> list[str]:
 
 
 def ccbin(compiler: str) -> list[str]:
-    """Return how nvcc is told of the compiler; wrappers and flags it cannot take."""
-    return ["-ccbin", shlex.split(compiler)[-1]] if len(shlex.split(compiler)) == 1 else []
+    """Return how nvcc is told of the compiler, unless NVCC_CCBIN tells it; wrappers and flags it cannot take."""
+    if os.environ.get("NVCC_CCBIN"):
+        return []
+    return ["-ccbin", [word for word in shlex.split(compiler) if not word.startswith("-")][-1]]
 
 
 def runs(compiler: str, *flags: str) -> bool:
@@ -169,7 +175,14 @@ class NinjaBuildExt(build_ext):
         cuda_lines, cuda_objects = cuda_rules(cuda, compiler, folder) if cuda else ([], [])
         if cuda:
             library = cuda.root / "lib64" if (cuda.root / "lib64").is_dir() else cuda.root / "lib"
-            link_flags += [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            link_flags += [
+                quote(f"-L{library}"),
+                "-lcudart_static",
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+                "-Wl,--exclude-libs,ALL",
+            ]
         lines = [
             "rule compile",
             f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} $isa -c $in -o $out",
@@ -204,7 +217,7 @@ def cuda_rules(cuda: Cuda, compiler: str, folder: Path) -> tuple[list[str], list
         "pool nvcc",
         f"  depth = {jobs}",
         "rule cuda",
-        f"  command = {cuda.nvcc} -MMD -MF $out.d {' '.join(flags)} $defines -c $in -o $out",
+        f"  command = {quote(cuda.nvcc)} -MMD -MF $out.d {' '.join(flags)} $defines -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  pool = nvcc",
@@ -227,6 +240,11 @@ def memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(found, default=4 * 2**30)
+
+
+def quote(word: str) -> str:
+    """Return a word for a command that ninja hands to the shell."""
+    return shlex.quote(word).replace("$", "$$")
 
 
 def escape(path: Path) -> str:

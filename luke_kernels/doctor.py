@@ -51,10 +51,10 @@ def examine(console: Console) -> bool:
         table.add_column(column, justify="left" if column in ("backend", "verdict") else "right")
     healthy, off = True, {}
     for name, support in TABLE.items():
-        if (reason := support.missing(None)) is not None:
+        where = device if support.devices is None or device in support.devices else support.devices[0]
+        if (reason := support.missing(torch.device(where))) is not None:
             off[name] = reason
             continue
-        where = device if support.devices is None or device in support.devices else support.devices[0]
         for check in check_backend(name, where):
             healthy &= check.passed
             table.add_row(

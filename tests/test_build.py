@@ -44,13 +44,18 @@ def _program(path: Path, text: str) -> Path:
             "FAILING/bin/nvcc must compile with g++ for 80+PTX, got: unsupported GNU version; CXX names another",
         ),
         (
+            {"CUDA_HOME": "FAILING", "LUKE_KERNELS_CUDA_ARCHS": "80 90 90a"},
+            "LUKE_KERNELS_CUDA_ARCHS must list 90 or 90a, not both, got '80 90 90a'",
+        ),
+        (
             {"CUDA_HOME": "FAILING", "LUKE_KERNELS_CUDA_ARCHS": "75;80"},
             "LUKE_KERNELS_CUDA_ARCHS must list architectures from 80 on, as in '80 86 89 90a 100 120+PTX', got '75'",
         ),
     ],
 )
 def test_a_build_that_cannot_be_says_why(environment, message, tmp_path):
-    environment = {"CXX": "g++", "LUKE_KERNELS_CUDA_ARCHS": ""} | environment
+    defaults = {"CXX": "g++", "NVCC_CCBIN": "", "LUKE_KERNELS_CUDA": "auto", "LUKE_KERNELS_CUDA_ARCHS": ""}
+    environment = defaults | environment
     places = {
         "COMPILERS": _program(tmp_path / "bin" / "g++", "exit 0").parent,
         "OLD": _program(tmp_path / "OLD" / "bin" / "nvcc", "echo Cuda compilation tools, release 11.2").parents[1],

@@ -212,7 +212,7 @@ struct KeyGradient {
         program(args),
         words(args.op.segments[kWord], program.sequence),
         entities(args.op.segments[kEntity], program.sequence) {
-    const int word_blocks = blocks_of(args.op.segments[kWord].max_length, kColumns);
+    const int word_blocks = static_cast<int>(blocks_of(args.op.segments[kWord].max_length, kColumns));
     kind = program.block < word_blocks ? kWord : kEntity;
     start = (program.block - (kind == kWord ? 0 : word_blocks)) * kColumns;
   }

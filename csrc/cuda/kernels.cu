@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) attention(const __grid_co
 bool has_warpgroups(int device) {
 #ifdef LUKE_HOPPER
   int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
+  const bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  return known && major == 9 && minor == 0;
 #else
   (void)device;
   return false;
@@ -40,17 +41,18 @@ bool has_warpgroups(int device) {
 // Switches to a device for a while.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    if (device != before_) cudaSetDevice(device);
-    device_ = device;
+  explicit OnDevice(int device) : device_(device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && device != before_) error = cudaSetDevice(device);
   }
   ~OnDevice() {
-    if (device_ != before_) cudaSetDevice(before_);
+    if (error == cudaSuccess && device_ != before_) cudaSetDevice(before_);
   }
 
+  cudaError_t error;
+
  private:
-  int before_ = 0, device_ = 0;
+  int before_ = 0, device_;
 };
 
 std::string described(const AttentionParams& op) {
@@ -64,6 +66,7 @@ struct Launch {
 
   void check(cudaError_t error, const char* what, const AttentionParams& op) const {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // which the next launch would find
     throw std::runtime_error(std::string("the CUDA kernel of ") + name + " must run, got " + cudaGetErrorString(error) +
                              " from " + what + " (" + described(op) + ")");
   }
@@ -73,7 +76,9 @@ struct Launch {
     const AttentionParams& op = args.op;
     const int64_t grid = args.blocks * op.num_heads * op.batch_size;
     if (grid > 0x7fffffff) throw std::invalid_argument("a batch must be of fewer than 2^31 blocks, got " + described(op));
+    if (grid == 0) return;
     const OnDevice on(op.device);
+    check(on.error, "cudaSetDevice", op);
     const auto kernel = attention<Kernel>;
     // Beyond 48 KiB a kernel must ask; again and again, since each device must be asked and the call is short.
     if (Kernel::kSharedBytes > 48 * 1024) {

@@ -108,29 +108,26 @@ LUKE_DEVICE void multiply_add(float (&c)[4], const Words& a, uint32_t b0, uint32
 // Makes this thread's copies, landed, visible to products of warpgroups; before a barrier.
 LUKE_DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-template <int kM, int kN>
-LUKE_DEVICE void pin(float (&c)[kM][kN][4]) {
+// Keeps the compiler from moving what sums and left factors are made of, or become, past this place.
+template <int kM, int kN, int kA, int kB>
+LUKE_DEVICE void pin(float (&c)[kM][kN][4], const Words (&a)[kA][kB]) {
   LUKE_UNROLL
-  for (int m = 0; m < kM; ++m) {
-    LUKE_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      LUKE_UNROLL
-      for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[m][n][i])::"memory");
-    }
-  }
+  for (int i = 0; i < kM * kN * 4; ++i) asm volatile("" : "+f"(c[i / 4 / kN][i / 4 % kN][i % 4])::"memory");
+  LUKE_UNROLL
+  for (int i = 0; i < kA * kB * 4; ++i) asm volatile("" ::"r"(a[i / 4 / kB][i / 4 % kB].w[i % 4]) : "memory");
 }
 
-template <int kM, int kN>
-LUKE_DEVICE void warpgroup_begin(float (&c)[kM][kN][4]) {
-  pin(c);
+template <int kM, int kN, int kA, int kB>
+LUKE_DEVICE void warpgroup_begin(float (&c)[kM][kN][4], const Words (&a)[kA][kB]) {
+  pin(c, a);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-template <int kM, int kN>
-LUKE_DEVICE void warpgroup_end(float (&c)[kM][kN][4]) {
+template <int kM, int kN, int kA, int kB>
+LUKE_DEVICE void warpgroup_end(float (&c)[kM][kN][4], const Words (&a)[kA][kB]) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  pin(c);
+  pin(c, a);
 }
 
 // c (64 x 8 kN) += a (64 x 16) b (16 x 8 kN), a and c as in multiply_add, in each warp. `b` describes where the right factor
@@ -176,10 +173,10 @@ LUKE_DEVICE void warpgroup_multiply_add(float (&c)[kN][4], const Words& a, uint6
 #else
 
 LUKE_DEVICE void fence_copies() {}
-template <int kM, int kN>
-LUKE_DEVICE void warpgroup_begin(float (&)[kM][kN][4]) {}
-template <int kM, int kN>
-LUKE_DEVICE void warpgroup_end(float (&)[kM][kN][4]) {}
+template <class Sums, class Factors>
+LUKE_DEVICE void warpgroup_begin(Sums&, const Factors&) {}
+template <class Sums, class Factors>
+LUKE_DEVICE void warpgroup_end(Sums&, const Factors&) {}
 template <DType T, bool kTransposed, int kN>
 LUKE_DEVICE void warpgroup_multiply_add(float (&)[kN][4], const Words&, uint64_t) {}
 

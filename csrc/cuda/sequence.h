@@ -13,21 +13,21 @@ struct Arguments {
   float scale;
   float keep_scale;  // 1 / (1 - dropout_p)
   uint32_t threshold;
-  int blocks;        // of rows, or of keys, of a sequence and head
+  int64_t blocks;    // of rows, or of keys, of a sequence and head; a grid's are fewer than 2^31
   int chunks;        // of 16 bytes, of a row
 };
 
-LUKE_BOTH constexpr int blocks_of(int64_t length, int size) { return static_cast<int>((length + size - 1) / size); }
+LUKE_BOTH constexpr int64_t blocks_of(int64_t length, int size) { return (length + size - 1) / size; }
 
 // The sequence, head and block of a block of threads. Neighbours share keys and values.
 struct Program {
   int sequence, head, block;
 
   LUKE_DEVICE explicit Program(const Arguments& args) {
-    const int heads = static_cast<int>(args.op.num_heads), index = block_index();
-    block = index % args.blocks;
-    head = index / args.blocks % heads;
-    sequence = index / args.blocks / heads;
+    const int blocks = static_cast<int>(args.blocks), heads = static_cast<int>(args.op.num_heads);
+    block = block_index() % blocks;
+    head = block_index() / blocks % heads;
+    sequence = block_index() / blocks / heads;
   }
 };
 

@@ -33,7 +33,7 @@ struct Stream {
   int next = 0;
 
   LUKE_DEVICE int length(int kind) const { return kind == kWord ? sources[kWord].length : sources[kEntity].length; }
-  LUKE_DEVICE int blocks(Kind kind) const { return blocks_of(length(kind), kRows); }
+  LUKE_DEVICE int blocks(Kind kind) const { return static_cast<int>(blocks_of(length(kind), kRows)); }
 
   LUKE_DEVICE Block block(int i) const {
     const Shared first = memory + i % 2 * kBlockBytes;

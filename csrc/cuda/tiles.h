@@ -163,7 +163,7 @@ LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHead
   using Places = Tile<T, kHeadDim>;
   if constexpr (kWarpgroups) {
     static_assert(Places::kForWarpgroups && kResident);
-    warpgroup_begin(c);
+    warpgroup_begin(c, left.a);
     LUKE_UNROLL
     for (int k = 0; k < kHeadDim / 16; ++k) {
       LUKE_UNROLL
@@ -171,7 +171,7 @@ LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHead
         warpgroup_multiply_add<T, false>(c[m], left.a[m][k], Places::descriptor(right + 32 * k));
       }
     }
-    warpgroup_end(c);
+    warpgroup_end(c, left.a);
   } else if constexpr (T == DType::kFloat32) {
     LUKE_LOOP
     for (int k = 0; k < kHeadDim / 4; ++k) {
@@ -267,7 +267,7 @@ LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const floa
       }
     }
     if constexpr (kWarpgroups) {
-      warpgroup_begin(c);
+      warpgroup_begin(c, a);
       LUKE_UNROLL
       for (int k = 0; k < kK / 2; ++k) {
         LUKE_UNROLL
@@ -275,7 +275,7 @@ LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const floa
           warpgroup_multiply_add<T, true>(c[m], a[k][m], Places::descriptor(right + 16 * k * Places::kRowBytes));
         }
       }
-      warpgroup_end(c);
+      warpgroup_end(c, a);
     } else {
       LUKE_UNROLL
       for (int k = 0; k < kK / 2; ++k) {

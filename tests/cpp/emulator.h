@@ -387,17 +387,21 @@ inline void fence_copies() {
   b.fibers[b.current].unfenced.clear();
 }
 
-template <int kM, int kN>
-void warpgroup_begin(float (&)[kM][kN][4]) {}
-template <int kM, int kN>
-void warpgroup_end(float (&)[kM][kN][4]) {}
+template <class Sums, class Factors>
+void warpgroup_begin(Sums&, const Factors&) {}
+template <class Sums, class Factors>
+void warpgroup_end(Sums&, const Factors&) {}
 
 template <DType T, bool kTransposed, int kN>
 void warpgroup_multiply_add(float (&c)[kN][4], const Words& a, uint64_t b) {
   emulator::Lane lane{};
   std::memcpy(lane.in, a.w, sizeof(a.w));
+  std::memcpy(lane.in + 4, &b, sizeof(b));
   std::memcpy(lane.sums, c, sizeof(c));
   const auto& result = emulator::meet<4>("wgmma", lane, [b](emulator::Lane* lanes) {
+    for (int l = 0; l < 4 * emulator::kLanes; ++l) {
+      if (std::memcmp(lanes[l].in + 4, &b, sizeof(b)) != 0) emulator::fail("lanes describe different right factors");
+    }
     const uint32_t start = b % (1 << 14) * 16, eight_rows = (b >> 32 & 0x3fff) * 16, mode = b >> 62;
     if (mode != 1 && mode != 2) emulator::fail("a descriptor names another swizzle than of 128 or 64 bytes");
     const uint32_t pitch = mode == 1 ? 128 : 64;

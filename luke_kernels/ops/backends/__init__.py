@@ -1,6 +1,5 @@
 """What each backend supports, as data; and the choice among them. A backend asked for by name never falls back."""
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -33,11 +32,11 @@ class Support:
 _CPU_ISA = _CUDA_ARCHITECTURES = None
 try:
     _core = importlib.import_module("luke_kernels._C")
+    _CUDA_ARCHITECTURES = _core.cuda_architectures() if hasattr(_core, "cuda_architectures") else None
     # For tests and comparisons: the best instruction set that may be used. Otherwise the best of the machine.
     if isa := os.environ.get("LUKE_KERNELS_CPU_ISA"):
         _core.set_cpu_isa(isa)
     _CPU_ISA = _core.cpu_isa()
-    _CUDA_ARCHITECTURES = _core.cuda_architectures() if hasattr(_core, "cuda_architectures") else None
     _EXTENSION_MISSING = None
 except ValueError as error:
     _EXTENSION_MISSING = str(error)
@@ -47,6 +46,7 @@ except ImportError as error:
         f"luke_kernels._C does not load from {Path(__file__).parents[2]} ({error}): in a source tree run `make build`, "
         "or leave it for the installed package"
     )
+_CUDA_DEVICES: set[int] = set()  # those found to run the CUDA kernels
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Whether Triton kernels run in its interpreter, on the CPU; Triton reads this when they are imported.
@@ -54,21 +54,25 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _cuda_missing(device: torch.device | None) -> str | None:
-    if _EXTENSION_MISSING is not None:
-        return _EXTENSION_MISSING
     if _CUDA_ARCHITECTURES is None:
+        if _EXTENSION_MISSING is not None:
+            return _EXTENSION_MISSING
         return "luke_kernels._C was built without CUDA: install it where nvcc is on PATH"
     if not torch.cuda.is_available():
         return f"no GPU that torch can see (built for {_CUDA_ARCHITECTURES})"
-    if device is not None and device.type != "cuda":
+    # Without a device nothing is asked that would start CUDA, after which a process cannot fork.
+    if device is None or device.type != "cuda":
         return None
-    return _device_missing(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    return _device_missing(torch.cuda.current_device() if device.index is None else device.index)
 
 
+# torch.compile takes the answer as it is; it would trace into a function that is cached, and stop at the extension.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _device_missing(index: int) -> str | None:
-    return _core.cuda_missing(index) or None
+    if index not in _CUDA_DEVICES and (reason := _core.cuda_missing(index)):
+        return reason
+    _CUDA_DEVICES.add(index)
+    return None
 
 
 def _triton_missing(device: torch.device | None) -> str | None:
@@ -114,8 +118,8 @@ TABLE: dict[str, Support] = {
 PREFERENCE: Mapping[tuple[str, bool], tuple[str, ...]] = {
     ("cpu", False): ("sdpa", "cpu") if _CPU_ISA == "portable" else ("cpu", "sdpa"),
     ("cpu", True): ("cpu", "sdpa"),  # sdpa draws the mask in PyTorch
-    ("cuda", False): ("triton", "cuda", "sdpa"),
-    ("cuda", True): ("triton", "cuda", "sdpa"),
+    ("cuda", False): ("triton", "sdpa"),
+    ("cuda", True): ("triton", "sdpa"),
 }
 
 

@@ -1,7 +1,6 @@
 """The CUDA kernels (csrc/cuda): tensors go in as addresses and strides, on torch's current stream."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luke_kernels import _C
@@ -56,7 +55,9 @@ def aligned(tensor: Tensor) -> Tensor:
     strided = all(stride % elements == 0 for stride in tensor.stride()[:-1])
     if padding == 0 and strided and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
-    return F.pad(tensor, (0, padding)) if padding else tensor.clone(memory_format=torch.contiguous_format)
+    padded = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + padding)
+    padded[..., : tensor.shape[-1]] = tensor
+    return padded
 
 
 def _narrow(tensor: Tensor, head_dim: int) -> Tensor:
