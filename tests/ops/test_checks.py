@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument, the rule and the value, before any kernel runs."""
 
+import dataclasses
 import re
 
 import pytest
@@ -179,7 +180,7 @@ def test_auto_takes_the_fastest(monkeypatch):
 
 def test_a_missing_extension_has_its_reason(monkeypatch):
     support = backends.TABLE["cpu"]
-    missing = backends.Support(support.module, support.dtypes, support.devices, missing=lambda: "is not built (why)")
+    missing = dataclasses.replace(support, missing=lambda device: "is not built (why)")
     monkeypatch.setattr(backends, "TABLE", {**backends.TABLE, "cpu": missing})
     assert "cpu" not in luke_kernels.available_backends()
     with pytest.raises(NotImplementedError, match=r"got 'cpu': cpu: is not built \(why\)"):

@@ -325,10 +325,12 @@ def stubbed(monkeypatch):
 
 @pytest.mark.skipif(not backends.INTERPRETING, reason="is about the CPU's share of a call")
 def test_what_a_call_costs_before_it_is_launched(stubbed, monkeypatch):
-    """43 us on a Zen 4; Triton's own dispatch alone takes twice as long."""
+    """43 us on a Zen 4, 97 on a Cascade Lake; Triton's own dispatch alone takes twice as long."""
     kernel = StubbedKernel(backend.attention_fwd_kernel.arg_names)
     monkeypatch.setattr(backend, "attention_fwd_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # To fill 2 MB of output, as in all tests, takes longer than the call.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     words, entities = torch.empty(1, 512, 4, 16, 64), torch.empty(1, 64, 4, 16, 64)
 
     def call():
@@ -338,7 +340,7 @@ def test_what_a_call_costs_before_it_is_launched(stubbed, monkeypatch):
     # Of this thread, whatever else runs here.
     seconds = min(timeit.repeat(call, number=50, repeat=20, timer=time.thread_time)) / 50
     assert (len(kernel.dispatched), len(kernel.direct)) == (1, 1000)
-    assert seconds < 150e-6
+    assert seconds < 200e-6
 
 
 def test_a_call_like_one_before_goes_past_the_dispatch(stubbed):
