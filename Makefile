@@ -38,7 +38,7 @@ lint: $(VENV)/tools
 SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/tools
 	rm -rf build/sanitize
-	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/sanitize .
+	LUKE_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(INSTALL) --no-deps --target build/sanitize .
 	CXXFLAGS="$(SANITIZE)" PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		LUKE_KERNELS_TEST_INSTALLED=1 $(BIN)/pytest -n auto --dist worksteal -p no:cacheprovider tests/ops -k cpu
