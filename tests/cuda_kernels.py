@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
     @property
     def has_warpgroups(self) -> bool:
         """Return whether there are two of the kernel, one of them for the warpgroups of Hopper."""
-        return self.dtype != "float32" and self.head_dim <= 64
+        return self.dtype != "float32"
 
     def is_built_for(self, architecture: str) -> bool:
         """Return whether it is more than a trap there."""

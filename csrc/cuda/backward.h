@@ -26,13 +26,13 @@ struct BackwardConfig {
 template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct QueryGradient {
   using Config = BackwardConfig<T, kHeadDim, kDropout>;
-  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = T != DType::kFloat32;
   static constexpr int kTiles = Config::kTiles, kColumns = Config::kColumns;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kRows = Config::kWarps * kTiles * 16;
-  using Factor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
+  using Factor = Rows<T, kTiles, kHeadDim, kRows, !Config::kWide>;
   using Keys = Stream<T, kHeadDim, kColumns, kThreads, kWarpgroups>;
-  static constexpr int kRowBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
+  static constexpr int kRowBytes = Tile<T, kHeadDim, kRows>::kBytes;
   static constexpr int kSharedBytes = 2 * kRowBytes + Keys::kBytes;
 
   const Arguments& args;
@@ -148,9 +148,9 @@ struct QueryGradient {
   LUKE_DEVICE void gather(const typename Keys::Block& block, Kind kind, int start, int length) {
     float p[kTiles][kN][4], ds[kTiles][kN][4];
     clear(p);
-    multiply_by_rows<T, kHeadDim, kWarpgroups>(p, queries, block.first);
+    multiply_by_rows<T, kHeadDim, kColumns, kWarpgroups>(p, queries, block.first);
     clear(ds);
-    multiply_by_rows<T, kHeadDim, kWarpgroups>(ds, dout, block.second);
+    multiply_by_rows<T, kHeadDim, kColumns, kWarpgroups>(ds, dout, block.second);
     if constexpr (kDropout) {
       drop_columns<kTiles>(Draws(args, program), rows, row(0, 0), start, kind, ds, args.keep_scale);
     }
@@ -167,7 +167,7 @@ struct QueryGradient {
         }
       }
     }
-    multiply_by_columns<T, kHeadDim, kWarpgroups>(dq, ds, block.first);
+    multiply_by_columns<T, kHeadDim, kColumns, kWarpgroups>(dq, ds, block.first);
   }
 
   LUKE_DEVICE void store(int64_t slot) {
@@ -190,13 +190,13 @@ struct QueryGradient {
 template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct KeyGradient {
   using Config = BackwardConfig<T, kHeadDim, kDropout>;
-  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = T != DType::kFloat32;
   static constexpr int kTiles = Config::kTiles, kRows = Config::kRows;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kColumns = Config::kWarps * kTiles * 16;
-  using Factor = Rows<T, kTiles, kHeadDim, !Config::kWide>;
+  using Factor = Rows<T, kTiles, kHeadDim, kColumns, !Config::kWide>;
   using Queries = Stream<T, kHeadDim, kRows, kThreads, kWarpgroups, true>;  // with gradients of out
-  static constexpr int kKeyBytes = kColumns * Tile<T, kHeadDim>::kRowBytes;
+  static constexpr int kKeyBytes = Tile<T, kHeadDim, kColumns>::kBytes;
   static constexpr int kSharedBytes = 2 * kKeyBytes + Queries::kBytes;
 
   const Arguments& args;
@@ -280,9 +280,9 @@ struct KeyGradient {
   LUKE_DEVICE void gather(const typename Queries::Block& block, Kind row_kind, int row) {
     float p[kTiles][kN][4], ds[kTiles][kN][4];
     clear(p);
-    multiply_by_rows<T, kHeadDim, kWarpgroups>(p, keys, block.first);
+    multiply_by_rows<T, kHeadDim, kRows, kWarpgroups>(p, keys, block.first);
     clear(ds);
-    multiply_by_rows<T, kHeadDim, kWarpgroups>(ds, values, block.second);
+    multiply_by_rows<T, kHeadDim, kRows, kWarpgroups>(ds, values, block.second);
     uint32_t kept[kTiles][kN];
     if constexpr (kDropout) {
       draw_rows(Draws(args, program), start + first_column(), kind, row, row_kind, kept);
@@ -307,8 +307,8 @@ struct KeyGradient {
         }
       }
     }
-    multiply_by_columns<T, kHeadDim, kWarpgroups>(dv, p, block.second);
-    multiply_by_columns<T, kHeadDim, kWarpgroups>(dk, ds, block.first);
+    multiply_by_columns<T, kHeadDim, kRows, kWarpgroups>(dv, p, block.second);
+    multiply_by_columns<T, kHeadDim, kRows, kWarpgroups>(dk, ds, block.first);
   }
 
   LUKE_DEVICE void store() {

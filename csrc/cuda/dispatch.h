@@ -43,7 +43,7 @@ void launch_backward(const AttentionParams& op, Launch launch) {
 // `warpgroups`: whether the device has them, and their kernels are built.
 template <DType T, int kHeadDim, class Launch>
 void forward(const AttentionParams& op, bool warpgroups, Launch launch) {
-  if constexpr (Tile<T, kHeadDim>::kForWarpgroups) {
+  if constexpr (T != DType::kFloat32) {
     if (warpgroups) {
       return op.dropout_p > 0 ? launch_forward<T, kHeadDim, true, true>(op, launch)
                               : launch_forward<T, kHeadDim, false, true>(op, launch);
@@ -55,7 +55,7 @@ void forward(const AttentionParams& op, bool warpgroups, Launch launch) {
 
 template <DType T, int kHeadDim, class Launch>
 void backward(const AttentionParams& op, bool warpgroups, Launch launch) {
-  if constexpr (Tile<T, kHeadDim>::kForWarpgroups) {
+  if constexpr (T != DType::kFloat32) {
     if (warpgroups) {
       return op.dropout_p > 0 ? launch_backward<T, kHeadDim, true, true>(op, launch)
                               : launch_backward<T, kHeadDim, false, true>(op, launch);

@@ -20,13 +20,13 @@ struct ForwardConfig {
 template <DType T, int kHeadDim, bool kDropout, bool kWarpgroups_ = false>
 struct Forward {
   using Config = ForwardConfig<T, kHeadDim, kDropout, kWarpgroups_>;
-  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = Tile<T, kHeadDim>::kForWarpgroups;
+  static constexpr bool kWarpgroups = kWarpgroups_, kHasWarpgroups = T != DType::kFloat32;
   static constexpr int kTiles = Config::kTiles, kColumns = Config::kColumns;
   static constexpr int kThreads = Config::kWarps * 32;
   static constexpr int kRows = Config::kWarps * kTiles * 16;
-  using Queries = Rows<T, kTiles, kHeadDim>;
+  using Queries = Rows<T, kTiles, kHeadDim, kRows>;
   using Keys = Stream<T, kHeadDim, kColumns, kThreads, kWarpgroups>;
-  static constexpr int kQueryBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
+  static constexpr int kQueryBytes = Tile<T, kHeadDim, kRows>::kBytes;
   // Queries that were taken to registers leave their place to the next.
   static constexpr int kQueryTiles = Queries::kInRegisters ? 1 : 2;
   static constexpr int kSharedBytes = kQueryTiles * kQueryBytes + Keys::kBytes;
@@ -106,7 +106,7 @@ struct Forward {
   LUKE_DEVICE void attend(const typename Keys::Block& block, Kind kind, int start, int length) {
     float scores[kTiles][kN][4];
     clear(scores);
-    multiply_by_rows<T, kHeadDim, kWarpgroups>(scores, queries, block.first);
+    multiply_by_rows<T, kHeadDim, kColumns, kWarpgroups>(scores, queries, block.first);
     if (args.scale < 0) {
       // The largest score is found before scaling.
       LUKE_UNROLL
@@ -165,7 +165,7 @@ struct Forward {
       }
     }
     if constexpr (kDropout) drop_columns<kTiles>(Draws(args, program), rows, row(0, 0), start, kind, scores, 1.0f);
-    multiply_by_columns<T, kHeadDim, kWarpgroups>(out, scores, block.second);
+    multiply_by_columns<T, kHeadDim, kColumns, kWarpgroups>(out, scores, block.second);
   }
 
   LUKE_DEVICE void finish() {

@@ -9,7 +9,7 @@ namespace luke_kernels::cuda {
 // kRows rows of each matrix at a time, copied one block ahead; where kStatistics, also two floats a row.
 template <DType T, int kHeadDim, int kRows, int kThreads, bool kWarpgroups, bool kStatistics = false>
 struct Stream {
-  static constexpr int kTileBytes = kRows * Tile<T, kHeadDim>::kRowBytes;
+  static constexpr int kTileBytes = Tile<T, kHeadDim, kRows>::kBytes;
   static constexpr int kBlockBytes = 2 * kTileBytes;
   // Behind both blocks: the first float of all rows of a block, then the second.
   static constexpr int kStatisticsBytes = kStatistics ? 2 * kRows * 4 : 0;

@@ -18,27 +18,30 @@ LUKE_DEVICE uint32_t lane() { return thread_index() % kWarpSize; }
 LUKE_DEVICE int lane_column(int n, int i) { return static_cast<int>(8 * n + 2 * (lane() % 4) + i); }
 LUKE_DEVICE uint32_t warp() { return thread_index() / kWarpSize; }
 
-// Where a chunk of 16 bytes lies in a tile of rows of kHeadDim elements. The chunks of a row are permuted by the row, so
-// that equal chunks of eight rows in succession lie in different banks.
-template <DType T, int kHeadDim>
+// Where a chunk of 16 bytes lies in a tile of kRows rows of kHeadDim elements. Rows longer than a line of 128 bytes, all
+// banks, are cut to panels of that width, one behind the other. The chunks of a row are permuted by the row, so that equal
+// chunks of eight rows in succession lie in different banks. Products of warpgroups take tiles of halves just so (PTX ISA,
+// "Shared Memory Matrix Layout").
+template <DType T, int kHeadDim, int kRows>
 struct Tile {
   static constexpr int kChunks = kHeadDim * kElementBytes<T> / 16;
-  static constexpr int kRowBytes = kChunks * 16;
+  static constexpr int kPanelChunks = kChunks < 8 ? kChunks : 8;
+  static constexpr int kLineBytes = kPanelChunks * 16, kPanelBytes = kRows * kLineBytes;
+  static constexpr int kBytes = kChunks / kPanelChunks * kPanelBytes;
 
   LUKE_BOTH static uint32_t place(uint32_t row, uint32_t chunk) {
-    constexpr uint32_t kRowsPerLine = kChunks >= 8 ? 1 : 8 / kChunks;  // a line is 128 bytes, all banks
-    constexpr uint32_t kPermuted = kChunks >= 8 ? 8 : kChunks;
-    return row * kRowBytes + (chunk ^ row / kRowsPerLine % kPermuted) * 16;
+    constexpr uint32_t kRowsPerLine = 8 / kPanelChunks;
+    const uint32_t panel = kChunks == kPanelChunks ? 0 : chunk / kPanelChunks * kPanelBytes;
+    const uint32_t of_panel = kChunks == kPanelChunks ? chunk : chunk % kPanelChunks;
+    return panel + row * kLineBytes + (of_panel ^ row / kRowsPerLine % kPanelChunks) * 16;
   }
 
-  // Whether that is how products of warpgroups take tiles, at multiples of kAlignment (PTX ISA, "Matrix descriptor").
-  static constexpr bool kForWarpgroups = T != DType::kFloat32 && kRowBytes <= 128;
-  static constexpr int kAlignment = 8 * kRowBytes;
-
+  // Describes part of the tile to products of warpgroups, from elements on that have a place of their own in the first of
+  // eight rows. Tiles lie at multiples of eight lines.
   LUKE_BOTH static uint64_t descriptor(Shared at) {
-    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;  // of 128 or 64 bytes
-    constexpr uint64_t kUnused = 1, kEightRows = kAlignment / 16;
-    return kSwizzle << 62 | kEightRows << 32 | kUnused << 16 | at / 16 % (1 << 14);
+    constexpr uint64_t kSwizzle = kLineBytes == 128 ? 1 : 2;  // of 128 or 64 bytes
+    constexpr uint64_t kUnused = 1, kEightLines = 8 * kLineBytes / 16;
+    return kSwizzle << 62 | kEightLines << 32 | kUnused << 16 | at / 16 % (1 << 14);
   }
 };
 
@@ -46,7 +49,7 @@ struct Tile {
 // `chunks` on are zeros too.
 template <DType T, int kHeadDim, int kRows, int kThreads, class Row>
 LUKE_DEVICE void copy_rows(Shared tile, int chunks, const void* anywhere, Row row) {
-  using Places = Tile<T, kHeadDim>;
+  using Places = Tile<T, kHeadDim, kRows>;
   constexpr int kStep = kThreads / Places::kChunks;
   static_assert(kThreads % Places::kChunks == 0 && kRows % kStep == 0);
   const int chunk = thread_index() % Places::kChunks;
@@ -61,8 +64,9 @@ LUKE_DEVICE void copy_rows(Shared tile, int chunks, const void* anywhere, Row ro
 
 // The rows of a warp as the left factor of products: kTiles x 16 of them. Halves are loaded to registers, kResident of
 // them for as long as the rows are in use, the others for each product.
-template <DType T, int kTiles, int kHeadDim, bool kResident = true>
+template <DType T, int kTiles, int kHeadDim, int kTileRows, bool kResident = true>
 struct Rows {
+  using Places = Tile<T, kHeadDim, kTileRows>;
   static constexpr bool kInRegisters = kResident;
   Words a[kResident ? kTiles : 1][kResident ? kHeadDim / 16 : 1];
   Shared tile;
@@ -82,7 +86,7 @@ struct Rows {
 
   LUKE_DEVICE Words read(int m, int k) const {
     const int row = first_row + 16 * m + lane() % 16;
-    return load_matrices(tile + Tile<T, kHeadDim>::place(row, 2 * k + lane() / 16));
+    return load_matrices(tile + Places::place(row, 2 * k + lane() / 16));
   }
 
   LUKE_DEVICE Words fragment(int m, int k) const {
@@ -111,8 +115,8 @@ struct Rows {
 };
 
 // float32 is read a chunk at a time.
-template <int kTiles, int kHeadDim, bool kResident>
-struct Rows<DType::kFloat32, kTiles, kHeadDim, kResident> {
+template <int kTiles, int kHeadDim, int kTileRows, bool kResident>
+struct Rows<DType::kFloat32, kTiles, kHeadDim, kTileRows, kResident> {
   static constexpr bool kInRegisters = false;
   Shared tile;
   int first_row;
@@ -124,7 +128,7 @@ struct Rows<DType::kFloat32, kTiles, kHeadDim, kResident> {
 
   LUKE_DEVICE Floats chunk(int m, int half, int k) const {
     const int row = first_row + 16 * m + 8 * half + lane() / 4;
-    return load_floats(tile + Tile<DType::kFloat32, kHeadDim>::place(row, k));
+    return load_floats(tile + Tile<DType::kFloat32, kHeadDim, kTileRows>::place(row, k));
   }
 
   LUKE_DEVICE void dot(const Rows& other, float (&sums)[kTiles][2]) const {
@@ -157,21 +161,26 @@ LUKE_DEVICE void add_up_rows(float (&sums)[kTiles][2]) {
   }
 }
 
-// c += left right^T: the columns of c are the first 8 kN rows of the tile `right`.
-template <DType T, int kHeadDim, bool kWarpgroups, int kM, int kN, bool kResident>
-LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHeadDim, kResident>& left, Shared right) {
-  using Places = Tile<T, kHeadDim>;
+// c += left right^T: the columns of c are the first 8 kN of the kRightRows rows of the tile `right`.
+template <DType T, int kHeadDim, int kRightRows, bool kWarpgroups, int kM, int kN, int kLeftRows, bool kResident>
+LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHeadDim, kLeftRows, kResident>& left,
+                                  Shared right) {
+  using Places = Tile<T, kHeadDim, kRightRows>;
   if constexpr (kWarpgroups) {
-    static_assert(Places::kForWarpgroups && kResident);
-    warpgroup_begin(c, left.a);
+    Words a[kHeadDim / 16][kM];
     LUKE_UNROLL
     for (int k = 0; k < kHeadDim / 16; ++k) {
       LUKE_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        warpgroup_multiply_add<T, false>(c[m], left.a[m][k], Places::descriptor(right + 32 * k));
-      }
+      for (int m = 0; m < kM; ++m) a[k][m] = left.fragment(m, k);
     }
-    warpgroup_end(c, left.a);
+    warpgroup_begin(c, a);
+    LUKE_UNROLL
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      const uint64_t b = Places::descriptor(right + k / 4 * Places::kPanelBytes + k % 4 * 32);
+      LUKE_UNROLL
+      for (int m = 0; m < kM; ++m) warpgroup_multiply_add<T, false>(c[m], a[k][m], b);
+    }
+    warpgroup_end(c, a);
   } else if constexpr (T == DType::kFloat32) {
     LUKE_LOOP
     for (int k = 0; k < kHeadDim / 4; ++k) {
@@ -221,10 +230,10 @@ LUKE_DEVICE void multiply_by_rows(float (&c)[kM][kN][4], const Rows<T, kM, kHead
   }
 }
 
-// c += left right: `left` holds sums as products give them, its columns are the first 8 kK rows of the tile `right`.
-template <DType T, int kHeadDim, bool kWarpgroups, int kM, int kK>
+// c += left right: `left` holds sums as products give them, its columns are the first 8 kK of the rows of `right`.
+template <DType T, int kHeadDim, int kRightRows, bool kWarpgroups, int kM, int kK>
 LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const float (&left)[kM][kK][4], Shared right) {
-  using Places = Tile<T, kHeadDim>;
+  using Places = Tile<T, kHeadDim, kRightRows>;
   if constexpr (T == DType::kFloat32) {
     LUKE_UNROLL
     for (int k = 0; k < kK; ++k) {
@@ -270,9 +279,14 @@ LUKE_DEVICE void multiply_by_columns(float (&c)[kM][kHeadDim / 8][4], const floa
       warpgroup_begin(c, a);
       LUKE_UNROLL
       for (int k = 0; k < kK / 2; ++k) {
+        constexpr int kN = kHeadDim < 64 ? kHeadDim / 8 : 8;  // of a panel
         LUKE_UNROLL
-        for (int m = 0; m < kM; ++m) {
-          warpgroup_multiply_add<T, true>(c[m], a[k][m], Places::descriptor(right + 16 * k * Places::kRowBytes));
+        for (int n = 0; n < kHeadDim / 8; n += kN) {
+          const uint64_t b = Places::descriptor(right + n / kN * Places::kPanelBytes + 16 * k * Places::kLineBytes);
+          LUKE_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            warpgroup_multiply_add<T, true>(reinterpret_cast<float(&)[kN][4]>(c[m][n]), a[k][m], b);
+          }
         }
       }
       warpgroup_end(c, a);

@@ -52,7 +52,6 @@ RUNS_BY_HEAD_DIM = [
     )
     for run in RUNS
     for head_dim in (32, 64, 80)
-    if not (head_dim == 80 and "hopper" in run.id)  # the same as elsewhere
     for slow in [run.id == "triton-float16" and head_dim != 80]
 ]
 
