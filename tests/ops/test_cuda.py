@@ -18,7 +18,11 @@ from luke_kernels.ops import backends
 _C = pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(_C.__file__)
-SMALL_STACK = {("KeyGradient", "float32", 128, True, False): 16}
+# Bytes where the compiler, of one source for all, leaves some.
+SMALL_STACK = {
+    **{(chip, "Forward", dtype, 64): 56 for chip in ("sm_100", "sm_120") for dtype in ("bfloat16", "float16")},
+    ("sm_120", "KeyGradient", "float32", 128): 24,
+}
 # Of each dtype, head_dim and with dropout or without.
 KERNELS = len(cuda_kernels.KERNELS) * len(DTYPES) * 3 * 2
 BUILT = pytest.mark.skipif(not hasattr(_C, "cuda_architectures"), reason="luke_kernels._C was built without CUDA")
@@ -124,10 +128,10 @@ def test_registers_and_stack():
     found = cuda_kernels.usages(LIBRARY)
     built = {each.removesuffix("+PTX") for each in _C.cuda_architectures().split(", ")}
     assert set(found) == built
-    for kernels in found.values():
+    for chip, kernels in found.items():
         assert len(kernels) == KERNELS
-        stacks = {kernel: usage.stack for kernel, usage in kernels.items()}
-        assert {kernel: stack for kernel, stack in stacks.items() if stack > SMALL_STACK.get(kernel, 0)} == {}
+        allowed = {kernel: SMALL_STACK.get((chip, *kernel[:3]), 0) for kernel in kernels}
+        assert {kernel: use.stack for kernel, use in kernels.items() if use.stack > allowed[kernel]} == {}
 
 
 def test_shared_memory_fits_every_chip(unit_tests):
