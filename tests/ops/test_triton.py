@@ -325,7 +325,7 @@ def stubbed(monkeypatch):
 
 @pytest.mark.skipif(not backends.INTERPRETING, reason="is about the CPU's share of a call")
 def test_what_a_call_costs_before_it_is_launched(stubbed, monkeypatch):
-    """43 us on a Zen 4, 97 on a Cascade Lake; Triton's own dispatch alone takes twice as long."""
+    """43 us on a Zen 4, 99 on a Cascade Lake, 63 flattenings there; Triton's own dispatch alone takes twice as long."""
     kernel = StubbedKernel(backend.attention_fwd_kernel.arg_names)
     monkeypatch.setattr(backend, "attention_fwd_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -337,10 +337,15 @@ def test_what_a_call_costs_before_it_is_launched(stubbed, monkeypatch):
         entity_aware_attention(words, entities, backend="triton")
 
     call()
-    # Of this thread, whatever else runs here.
-    seconds = min(timeit.repeat(call, number=50, repeat=20, timer=time.thread_time)) / 50
+
+    def seconds(function, number):
+        # Of this thread, whatever else runs here.
+        return min(timeit.repeat(function, number=number, repeat=20, timer=time.thread_time)) / number
+
+    # Machines differ, and are shared: told in another call of torch's.
+    cost = seconds(call, 50) / seconds(lambda: words.flatten(0, 1), 500)
     assert (len(kernel.dispatched), len(kernel.direct)) == (1, 1000)
-    assert seconds < 200e-6
+    assert cost < 110
 
 
 def test_a_call_like_one_before_goes_past_the_dispatch(stubbed):
