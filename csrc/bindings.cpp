@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "attention.h"
+#include "linear.h"
 
 namespace py = pybind11;
 namespace lk = luke_kernels;
@@ -78,6 +79,35 @@ void attention_backward_cpu(lk::AttentionParams params, const Kinds<Buffer>& dou
   lk::attention_backward_cpu(params);
 }
 
+void linear_pack_cpu(lk::DType dtype, uintptr_t weight, int64_t stride, int64_t in_size, int64_t out_size,
+                     uintptr_t packed) {
+  lk::linear_pack_cpu(dtype, reinterpret_cast<void*>(weight), stride, in_size, out_size,
+                      reinterpret_cast<void*>(packed));
+}
+
+// Matrices as (address, stride); a null address where there is none.
+using Matrix = std::tuple<uintptr_t, int64_t>;
+
+void linear_cpu(lk::DType dtype, int64_t rows, int64_t in_size, int64_t out_size, const Matrix& x, uintptr_t packed,
+                uintptr_t bias, const Matrix& residual, const Matrix& out, bool gelu, int num_threads) {
+  lk::LinearParams params;
+  params.dtype = dtype;
+  params.rows = rows;
+  params.in_size = in_size;
+  params.out_size = out_size;
+  params.x = reinterpret_cast<void*>(std::get<0>(x));
+  params.x_stride = std::get<1>(x);
+  params.packed = reinterpret_cast<void*>(packed);
+  params.bias = reinterpret_cast<void*>(bias);
+  params.residual = reinterpret_cast<void*>(std::get<0>(residual));
+  params.residual_stride = std::get<1>(residual);
+  params.out = reinterpret_cast<void*>(std::get<0>(out));
+  params.out_stride = std::get<1>(out);
+  params.gelu = gelu;
+  params.num_threads = num_threads;
+  lk::linear_cpu(params);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -99,6 +129,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_scratch_bytes_cpu", &lk::attention_scratch_bytes_cpu);
   m.def("attention_forward_cpu", &lk::attention_forward_cpu, py::call_guard<py::gil_scoped_release>());
   m.def("attention_backward_cpu", &attention_backward_cpu, py::call_guard<py::gil_scoped_release>());
+
+  m.def("linear_packed_bytes_cpu", &lk::linear_packed_bytes_cpu);
+  m.def("linear_pack_cpu", &linear_pack_cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_cpu", &linear_cpu, py::call_guard<py::gil_scoped_release>());
 
 #ifdef LUKE_CUDA
   m.def("cuda_architectures", &lk::cuda_architectures);

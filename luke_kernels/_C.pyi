@@ -36,6 +36,25 @@ def attention_forward_cpu(params: AttentionParams) -> None: ...
 def attention_backward_cpu(
     params: AttentionParams, dout: tuple[Buffer, Buffer], dprojections: tuple[Buffer, Buffer], /
 ) -> None: ...
+def linear_packed_bytes_cpu(dtype: DType, in_size: int, out_size: int, /) -> int: ...
+def linear_pack_cpu(dtype: DType, weight: int, stride: int, in_size: int, out_size: int, packed: int, /) -> None: ...
+
+Matrix = tuple[int, int]  # address, 0 for none; stride of rows, in elements
+
+def linear_cpu(
+    dtype: DType,
+    rows: int,
+    in_size: int,
+    out_size: int,
+    x: Matrix,
+    packed: int,
+    bias: int,
+    residual: Matrix,
+    out: Matrix,
+    gelu: bool,
+    num_threads: int,
+    /,
+) -> None: ...
 
 # Where the extension was built with CUDA. `seed` is an address on the device.
 def cuda_architectures() -> str: ...

@@ -7,6 +7,7 @@ transformers' classes of the same names.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luke_kernels.config import ACTIVATIONS, LukeConfig
+from luke_kernels.losses import linear_cross_entropy
 from luke_kernels.model import Encoded, LukeModel, LukePreTrainedModel, ModelOutput, resized
 from luke_kernels.ops.attention import described, readable
 from luke_kernels.packing import PackedBatch, check_range
@@ -56,6 +58,8 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+# The label of what is not to be predicted.
+IGNORED = -100
 # Inputs that span classification alone reads.
 SPANS = ("entity_start_positions", "entity_end_positions")
 # What heads take beside the inputs of LukeModel, all told.
@@ -147,12 +151,23 @@ class LukeHead(LukePreTrainedModel):
             inputs, arguments = self.arrange(inputs, arguments)
             input_ids = inputs.pop("input_ids")
         encoded = self.luke.encode(
-            input_ids, **inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+            input_ids,
+            **inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            rows_to_compute=partial(self.rows_read, **arguments),
         )
         output = self.score(encoded, **arguments)
         output.hidden_states, output.entity_hidden_states = encoded.hidden_states, encoded.entity_hidden_states
         output.attentions = encoded.attentions
         return output.to_tuple() if return_dict is False else output
+
+    def rows_read(self, encoded: Encoded, **arguments: Any) -> Tensor | None:
+        """Return which rows of the last layer `score` reads, int64 (R,), words first; None: all.
+
+        `encoded` holds the batch, and no states yet.
+        """
+        return None
 
     def init_head(self) -> None:
         """Draw the weights of the head; the encoder has drawn its own."""
@@ -176,7 +191,11 @@ class LMHead(nn.Module):
         self.bias = self.decoder.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, words: Tensor) -> Tensor:
-        return self.decoder(self.layer_norm(F.gelu(self.dense(words))))
+        return self.decoder(self.transform(words))
+
+    def transform(self, words: Tensor) -> Tensor:
+        """Return what the decoder scores, (Tw, C)."""
+        return self.layer_norm(F.gelu(self.dense(words)))
 
 
 class EntityPredictions(nn.Module):
@@ -194,7 +213,7 @@ class EntityPredictions(nn.Module):
 
     def forward(self, entities: Tensor, candidates: Tensor | None = None) -> Tensor:
         """Score entities (Te, C) against all (Te, N), candidates (K,) for all, or candidates (Te, K) for each."""
-        hidden = self.transform["LayerNorm"](self.activation(self.transform["dense"](entities)))
+        hidden = self.transformed(entities)
         if candidates is None:
             return self.decoder(hidden) + self.bias
         table, bias = self.decoder.weight, self.bias
@@ -204,6 +223,10 @@ class EntityPredictions(nn.Module):
         logits = torch.einsum("ed,ekd->ek", hidden, table[padded]) + bias[padded]
         return logits.masked_fill(candidates < 0, -torch.inf)
 
+    def transformed(self, entities: Tensor) -> Tensor:
+        """Return what the decoder scores, (Te, D)."""
+        return self.transform["LayerNorm"](self.activation(self.transform["dense"](entities)))
+
 
 class LukeForMaskedLM(LukeHead):
     """Prediction of masked words and masked entities. Source: Yamada et al. 2020, section 3.3.
@@ -211,7 +234,8 @@ class LukeForMaskedLM(LukeHead):
     `score` takes labels (B, W) and entity_labels (B, E), -100 where nothing is to be predicted; or, to score few:
     positions (B, P), columns of the padded batch whose words to score, -1 pads (packed: rows (P,)), giving logits
     (B, P, V); and entity_candidates, entity ids (K,), or (B, E, K) with -1 pads (packed: (Te, K)), giving
-    entity_logits (B, E, K). Returns `MaskedLMOutput`.
+    entity_logits (B, E, K). Returns `MaskedLMOutput`; in training with labels the losses alone, of what has labels, without
+    the logits of whole vocabularies in memory.
     """
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
@@ -261,6 +285,8 @@ class LukeForMaskedLM(LukeHead):
             if few is not None and value is not None:
                 raise ValueError(f"{name} must be None where {other} is given, got {described(few)}")
         output = MaskedLMOutput()
+        if self.training and (labels is not None or entity_labels is not None):
+            return self._losses(encoded, labels, entity_labels)
         if positions is None:
             logits = self.lm_head(encoded.words)
             if labels is not None:
@@ -289,6 +315,35 @@ class LukeForMaskedLM(LukeHead):
         output.loss = sum(losses[1:], losses[0]) if losses else None
         return output
 
+    def rows_read(
+        self,
+        encoded: Encoded,
+        labels: Tensor | None = None,
+        entity_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | None:
+        if not self.training or (labels is None and entity_labels is None):
+            return None
+        words, entities = _labelled(encoded, labels, entity_labels)
+        return torch.cat([words, entities + encoded.batch.num_words])
+
+    def _losses(self, encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None) -> MaskedLMOutput:
+        """Return the losses alone, of the words and entities that have labels."""
+        words, entities = _labelled(encoded, labels, entity_labels)
+        output = MaskedLMOutput()
+        if labels is not None:
+            hidden = self.lm_head.transform(encoded.words.index_select(0, words))
+            decoder, targets = self.lm_head.decoder, encoded.take_words(labels).index_select(0, words)
+            output.mlm_loss = linear_cross_entropy(hidden, decoder.weight, self.lm_head.bias, targets)
+        if entity_labels is not None and encoded.batch.padded_entities:
+            predictions = self.entity_predictions
+            hidden = predictions.transformed(encoded.entities.index_select(0, entities))
+            targets = encoded.take_entities(entity_labels, "entity_labels").index_select(0, entities)
+            output.mep_loss = linear_cross_entropy(hidden, predictions.decoder.weight, predictions.bias, targets)
+        losses = [loss for loss in (output.mlm_loss, output.mep_loss) if loss is not None]
+        output.loss = sum(losses[1:], losses[0]) if losses else None
+        return output
+
     def _score_positions(self, encoded: Encoded, positions: Tensor) -> Tensor:
         if encoded.is_packed:
             if positions.dim() != 1:
@@ -303,6 +358,19 @@ class LukeForMaskedLM(LukeHead):
         exists = encoded.as_words(torch.ones_like(encoded.batch.word_rows, dtype=torch.bool)).gather(1, inside)
         logits = self.lm_head(words.gather(1, inside[..., None].expand(-1, -1, words.shape[-1])))
         return logits.masked_fill(((positions < 0) | ~exists)[..., None], 0)
+
+
+def _labelled(encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the rows of the words, and of the entities, that have labels. Labels on the CPU wait for no device."""
+    device = encoded.batch.position_ids.device
+    found = []
+    for given, take, name in (
+        (labels, encoded.take_words, "labels"),
+        (entity_labels, encoded.take_entities, "entity_labels"),
+    ):
+        taken = torch.empty(0, dtype=torch.int64) if given is None else take(given, name)
+        found.append((taken != IGNORED).nonzero().squeeze(1).to(device))
+    return found[0], found[1]
 
 
 def _tie_again(module: nn.Module, _: Any) -> None:
@@ -344,8 +412,11 @@ class LukeForEntityClassification(LukeHead):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.init_head()
 
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor:
+        return _rows_of_first_entities(encoded, 1)
+
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
-        logits = self.classifier(self.dropout(_entities_of_each(encoded, 1)))
+        logits = self.classifier(self.dropout(encoded.first_entities(1).flatten(1)))
         return ClassifierOutput(_one_or_several(logits, labels), logits)
 
 
@@ -361,8 +432,11 @@ class LukeForEntityPairClassification(LukeHead):
         self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels, bias=False)
         self.init_head()
 
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor:
+        return _rows_of_first_entities(encoded, 2)
+
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
-        logits = self.classifier(self.dropout(_entities_of_each(encoded, 2)))
+        logits = self.classifier(self.dropout(encoded.first_entities(2).flatten(1)))
         return ClassifierOutput(_one_or_several(logits, labels), logits)
 
 
@@ -382,13 +456,17 @@ class LukeForEntitySpanClassification(LukeHead):
         self.classifier = nn.Linear(3 * config.hidden_size, self.num_labels)
         self.init_head()
 
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor | None:
+        num_words, num_entities = encoded.batch.num_words, encoded.batch.num_entities
+        boundaries = _boundaries(encoded)
+        # Words that bound several spans would be computed for each.
+        if 2 * num_entities >= num_words:
+            return None
+        entities = torch.arange(num_words, num_words + num_entities, device=boundaries[0].device)
+        return torch.cat([*(encoded.rows_of_words(ranks) for ranks in boundaries), entities])
+
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
-        batch = encoded.batch
-        starts, ends = batch.entity_start_positions, batch.entity_end_positions
-        if starts is None or ends is None:
-            raise ValueError("entity_start_positions and entity_end_positions must be given for span classification")
-        first_words = batch.lengths.cu_words[batch.sequence_of_entity()]
-        features = [encoded.words.index_select(0, first_words + ranks) for ranks in (starts, ends)]
+        features = [encoded.words_of_entities(ranks) for ranks in _boundaries(encoded)]
         logits = self.classifier(self.dropout(torch.cat([*features, encoded.entities], dim=1)))
         loss = None
         if labels is not None:
@@ -407,6 +485,9 @@ class LukeForSequenceClassification(LukeHead):
         self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.init_head()
+
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor | None:
+        return _rows_of_first_words(encoded)
 
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
         logits = self.classifier(self.dropout(self.luke.pool(encoded)))
@@ -442,6 +523,9 @@ class LukeForTokenClassification(LukeHead):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.init_head()
 
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor | None:
+        return _rows_of_words(encoded)
+
     def score(self, encoded: Encoded, labels: Tensor | None = None) -> ClassifierOutput:
         logits = self.classifier(self.dropout(encoded.words))
         loss = None if labels is None else F.cross_entropy(logits, encoded.take_words(labels))
@@ -461,6 +545,9 @@ class LukeForQuestionAnswering(LukeHead):
             raise ValueError(f"num_labels must be 2, start and end, for question answering, got {self.num_labels}")
         self.qa_outputs = nn.Linear(config.hidden_size, self.num_labels)
         self.init_head()
+
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor | None:
+        return _rows_of_words(encoded)
 
     def score(
         self, encoded: Encoded, start_positions: Tensor | None = None, end_positions: Tensor | None = None
@@ -503,6 +590,9 @@ class LukeForMultipleChoice(LukeHead):
         choices = [value.shape[1] for value in given.values()]
         return {**inputs, **flat}, {**({"num_choices": choices[0]} if choices else {}), **arguments}
 
+    def rows_read(self, encoded: Encoded, **_: Any) -> Tensor | None:
+        return _rows_of_first_words(encoded)
+
     def score(self, encoded: Encoded, labels: Tensor | None = None, num_choices: int | None = None) -> ClassifierOutput:
         if num_choices is None or num_choices < 1 or encoded.batch.batch_size % num_choices:
             raise ValueError(
@@ -513,16 +603,32 @@ class LukeForMultipleChoice(LukeHead):
         return ClassifierOutput(loss, logits)
 
 
-def _entities_of_each(encoded: Encoded, count: int) -> Tensor:
-    """Return the first entities of every sequence side by side, (B, count * C)."""
+def _rows_of_first_entities(encoded: Encoded, count: int) -> Tensor:
+    """Return the rows of the first entities of every sequence, (B * count,)."""
     lengths = encoded.batch.lengths
     cu_entities, fewest = lengths.cu_entities, lengths.min_entities
     if fewest is None and readable(cu_entities):
         fewest = int(cu_entities.diff().min())
     if encoded.batch.batch_size and fewest is not None and fewest < count:
         raise ValueError(f"entity_ids must hold at least {count} entities in each sequence, got one with {fewest}")
-    rows = cu_entities[:-1, None] + torch.arange(count, device=cu_entities.device)
-    return encoded.entities[rows].flatten(1)
+    return encoded.batch.num_words + encoded.rows_of_first_entities(count)
+
+
+def _rows_of_words(encoded: Encoded) -> Tensor | None:
+    if not encoded.batch.num_entities:
+        return None
+    return torch.arange(encoded.batch.num_words, device=encoded.batch.position_ids.device)
+
+
+def _rows_of_first_words(encoded: Encoded) -> Tensor | None:
+    return encoded.rows_of_first_words() if encoded.batch.num_words else None
+
+
+def _boundaries(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    starts, ends = encoded.batch.entity_start_positions, encoded.batch.entity_end_positions
+    if starts is None or ends is None:
+        raise ValueError("entity_start_positions and entity_end_positions must be given for span classification")
+    return starts, ends
 
 
 def _one_or_several(logits: Tensor, labels: Tensor | None) -> Tensor | None:

@@ -4,9 +4,10 @@ The encoder runs on one buffer of all tokens of a batch, words first, without pa
 packed before it and outputs padded after it. Parameters bear the names of transformers' LUKE.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,13 @@ from luke_kernels import checkpoint as checkpoints
 from luke_kernels.attention import PackedSelfAttention
 from luke_kernels.config import ACTIVATIONS, LukeConfig
 from luke_kernels.ops.attention import described
+from luke_kernels.ops.backends import cpu_kernels_missing
 from luke_kernels.ops.layout import Layout
 from luke_kernels.packing import PackedBatch, check_range
 from luke_kernels.sources import Source
+
+if TYPE_CHECKING:
+    from luke_kernels.inference import PackedLayers
 
 Model = TypeVar("Model", bound="LukePreTrainedModel")
 
@@ -183,13 +188,33 @@ class Encoded:
     entity_hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
+    def rows_of_first_words(self) -> Tensor:
+        """Return the row of each sequence's first word, (B,); some row of words for a sequence without any."""
+        return self.batch.lengths.cu_words[:-1].long().clamp(max=max(self.batch.num_words - 1, 0))
+
     def first_words(self) -> Tensor:
         """Return the state of each sequence's first word, (B, C); zero for a sequence without words."""
-        cu_words = self.batch.lengths.cu_words
         if self.batch.num_words == 0:
             return self.words.new_zeros(self.batch.batch_size, self.words.shape[1])
-        firsts = self.words.index_select(0, cu_words[:-1].clamp(max=self.batch.num_words - 1))
-        return firsts * (cu_words.diff() > 0)[:, None]
+        firsts = self.words.index_select(0, self.rows_of_first_words())
+        return firsts * (self.batch.lengths.cu_words.diff() > 0)[:, None]
+
+    def rows_of_first_entities(self, count: int) -> Tensor:
+        """Return the rows of each sequence's first entities, which it must have, among all entities, (B * count,)."""
+        starts = self.batch.lengths.cu_entities[:-1, None]
+        return (starts + torch.arange(count, device=starts.device)).flatten()
+
+    def first_entities(self, count: int) -> Tensor:
+        """Return the states of each sequence's first entities, which it must have, (B, count, C)."""
+        return self.entities.index_select(0, self.rows_of_first_entities(count)).unflatten(0, (-1, count))
+
+    def rows_of_words(self, ranks: Tensor) -> Tensor:
+        """Return the row of a word of each entity's sequence, by its rank (Te,) there, (Te,)."""
+        return self.batch.lengths.cu_words[self.batch.sequence_of_entity()] + ranks
+
+    def words_of_entities(self, ranks: Tensor) -> Tensor:
+        """Return the state of a word of each entity's sequence, by its rank (Te,) there, (Te, C)."""
+        return self.words.index_select(0, self.rows_of_words(ranks))
 
     def as_words(self, packed: Tensor, fill: float = 0) -> Tensor:
         """Return something of each word as the caller's batch came: (Tw, ...) or (B, W, ...)."""
@@ -356,6 +381,43 @@ class LukePreTrainedModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self.encoder_model.checkpointing is not None
 
+    def optimize_for_inference(self: Model, *, dtype: torch.dtype | None = None) -> Model:
+        """Pack the weights of the layers for this CPU's own kernels, and go into evaluation mode.
+
+        Calls without gradients then run on them: products with bias, GELU and residual in one pass. Other calls, and
+        those with `output_attentions`, run as before. The model keeps its weights, so that it can be saved, trained and
+        restored; the packed ones take as much memory again.
+
+        Args:
+            dtype: What the layers compute in, float32, bfloat16 or float16; None: the dtype of the weights. A CPU
+                without units for bfloat16 or float16 computes in float32, and rounds.
+
+        Returns:
+            The model itself. `restore_from_inference` undoes it; new weights make its calls fail until it is optimized
+            again.
+
+        Raises:
+            ValueError, TypeError: the model is not on the CPU or of another dtype, or a layer has a part that is not a
+                plain module (hooks, adapters, quantised weights).
+            NotImplementedError: there are no kernels that beat PyTorch's here.
+        """
+        _check_dtype(dtype)
+        if (reason := cpu_kernels_missing()) is not None:
+            raise NotImplementedError(f"optimize_for_inference must run on kernels for this CPU, got: {reason}")
+        from luke_kernels.inference import PackedLayers
+
+        self.encoder_model.packed = PackedLayers(self.encoder_model.layers, dtype)
+        return self.eval()
+
+    def restore_from_inference(self: Model) -> Model:
+        """Undo `optimize_for_inference`; the model stays in evaluation mode."""
+        self.encoder_model.packed = None
+        return self
+
+    @property
+    def is_optimized_for_inference(self) -> bool:
+        return self.encoder_model.packed is not None
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder_model.embeddings.word_embeddings
 
@@ -444,7 +506,12 @@ class LukeModel(LukePreTrainedModel):
         dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler = nn.ModuleDict({"dense": dense}) if add_pooling_layer else None
         self.checkpointing: dict[str, Any] | None = None
+        self.packed: Any = None  # PackedLayers, where the model is optimized for inference
         self.init_weights()
+
+    @property
+    def layers(self) -> list[Layer]:
+        return list(self.encoder["layer"])  # type: ignore[call-overload]
 
     def forward(
         self,
@@ -515,14 +582,15 @@ class LukeModel(LukePreTrainedModel):
         *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        rows_to_compute: Tensor | None = None,
+        rows_to_compute: "Tensor | Callable[[Encoded], Tensor | None] | None" = None,
         num_layers: int | None = None,
         **inputs: Tensor | None,
     ) -> Encoded:
         """Encode a batch for a head: the inputs of `PackedBatch.from_padded`, or a packed batch; packed states out.
 
         Only the first `num_layers` run, 0 for the embeddings; None: all. `rows_to_compute` are those of the last layer
-        that runs; where none does, all rows are returned.
+        that runs, which may repeat, or a function that says which once the batch is packed; where no layer runs, all
+        rows are returned, and so they are with `output_hidden_states`.
         """
         if num_layers is not None and not 0 <= num_layers <= self.config.num_hidden_layers:
             raise ValueError(f"num_layers must lie in [0, {self.config.num_hidden_layers}], got {num_layers}")
@@ -543,6 +611,9 @@ class LukeModel(LukePreTrainedModel):
         num_words, layout = batch.num_words, batch.lengths.layout()
         hidden = torch.cat([self.embeddings(batch), self.entity_embeddings(batch)])
         encoded = Encoded(batch, is_packed, *hidden.split([num_words, batch.num_entities]))
+        if callable(rows_to_compute):
+            rows = rows_to_compute(encoded)
+            rows_to_compute = None if output_hidden_states else rows
         states: list[tuple[Tensor, Tensor]] = []
         attentions: list[Tensor] = []
 
@@ -550,13 +621,14 @@ class LukeModel(LukePreTrainedModel):
             """Keep states as the batch came; the layers go on from what is kept, so that gradients reach it."""
             if not output_hidden_states:
                 return hidden
+            hidden = hidden.to(self.dtype)
             words, entities = encoded.as_words(hidden[:num_words]), encoded.as_entities(hidden[num_words:])
             states.append((words, entities))
             return torch.cat([encoded.take_words(words), encoded.take_entities(entities)])
 
         hidden = keep(hidden)
-        all_layers: Any = self.encoder["layer"]
-        layers = list(all_layers)[:num_layers]
+        packed = None if output_attentions else self._packed_layers(hidden)
+        layers: list[Any] = (self.layers if packed is None else packed.layers)[:num_layers]
         for number, layer in enumerate(layers, 1):
             rows = rows_to_compute if number == len(layers) else None
             if output_attentions:
@@ -568,9 +640,13 @@ class LukeModel(LukePreTrainedModel):
             else:
                 hidden = layer(hidden, num_words, layout, rows)
             if rows is not None:
-                hidden = hidden.new_zeros(num_words + batch.num_entities, hidden.shape[1]).index_copy(0, rows, hidden)
+                # Each row from the place of one that is its own, or from the zeros in front.
+                places = rows.new_zeros(num_words + batch.num_entities)
+                places[rows] = torch.arange(1, len(rows) + 1, device=rows.device)
+                hidden = F.pad(hidden, (0, 0, 1, 0)).index_select(0, places)
             hidden = keep(hidden)
 
+        hidden = hidden.to(self.dtype)
         encoded.words, encoded.entities = hidden.split([num_words, batch.num_entities])
         if output_attentions:
             encoded.attentions = tuple(attentions)
@@ -579,6 +655,14 @@ class LukeModel(LukePreTrainedModel):
             if batch.padded_entities:
                 encoded.entity_hidden_states = tuple(entities for _, entities in states)
         return encoded
+
+    def _packed_layers(self, hidden: Tensor) -> "PackedLayers | None":
+        """Return the packed layers where they give what the layers would."""
+        packed = self.packed
+        if packed is None or self.training or hidden.requires_grad or torch.is_autocast_enabled("cpu"):
+            return None
+        packed.check()
+        return packed
 
     def _check(self, batch: PackedBatch) -> None:
         config = self.config

@@ -28,6 +28,7 @@ sys.path.append(str(REPOSITORY))
 BUDGETS_S = {"model": 250, "tools": 200, "triton": 400, "cpu": 180, "cuda": 300, "op": 400}
 TOOL_FILES = ("accelerate", "benchmarks/", "cli", "convert", "demo", "encode", "readme")
 MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer", "packing", "train_bpe", "parity/")
+MODEL_FILES += ("inference", "losses", "export")
 
 
 def _room(test: str) -> str:

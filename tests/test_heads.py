@@ -879,3 +879,74 @@ def test_a_subclass_keeps_its_own_forward():
     doubled = Doubled(model.config).eval().double()
     doubled.load_state_dict(model.state_dict())
     assert torch.equal(doubled(**inputs), 2 * model(**inputs).logits)
+
+
+# Rows that nobody reads
+
+
+def count_rows(model, inputs, **outputs) -> int:
+    rows = []
+    handle = model.luke.layers[-1].output.dense.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    model(**inputs, **outputs)
+    handle.remove()
+    return rows[0]
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_the_last_layer_computes_the_rows_that_are_read(cls):
+    model, inputs = make(cls), inputs_for(cls)
+    words, entities, batch = sum(WORD_LENGTHS), sum(ENTITY_LENGTHS), BATCH
+    expected = {
+        LukeForMaskedLM: words + entities,
+        LukeForEntityClassification: batch,
+        LukeForEntityPairClassification: 2 * batch,
+        # As many boundaries as words: all.
+        LukeForEntitySpanClassification: words + entities,
+        LukeForSequenceClassification: batch,
+        LukeForTokenClassification: words,
+        LukeForQuestionAnswering: words,
+        LukeForMultipleChoice: CHOICES * batch,
+    }[cls]
+    assert count_rows(model, inputs) == expected
+    everything = (words + entities) * (CHOICES if cls is LukeForMultipleChoice else 1)
+    assert count_rows(model, inputs, output_hidden_states=True) == everything
+
+
+def test_few_spans_read_their_boundaries_and_themselves():
+    model, inputs = make(LukeForEntitySpanClassification), inputs_for(LukeForEntitySpanClassification)
+    inputs["entity_attention_mask"] = torch.eye(BATCH, ENTITIES, dtype=torch.int64)[[0, 0, 1]]
+    assert count_rows(model, inputs) == 3 * BATCH
+    few, every = model(**inputs).logits, model(**inputs, output_hidden_states=True).logits
+    torch.testing.assert_close(few, every)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(logits.sin().sum(), model.get_input_embeddings().weight) for logits in (few, every))
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("which", [("labels",), ("entity_labels",), ("labels", "entity_labels")])
+def test_in_training_masked_lm_computes_the_losses_alone(which, packed):
+    model, inputs = make(LukeForMaskedLM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), padded_inputs()
+    labels = {
+        "labels": torch.randint(0, 99, (BATCH, WORDS)).masked_fill(torch.rand(BATCH, WORDS) < 0.5, -100),
+        "entity_labels": torch.randint(0, 10, (BATCH, ENTITIES)),
+    }
+    labels["entity_labels"][0] = -100
+    labels = {name: labels[name] for name in which}
+    if packed:
+        batch = PackedBatch.from_padded(**inputs)
+        pack = {"labels": batch.pack_words, "entity_labels": batch.pack_entities}
+        inputs, labels = {"input_ids": batch}, {name: pack[name](value) for name, value in labels.items()}
+    evaluated, trained = (model.train(mode)(**inputs, **labels) for mode in (False, True))
+    assert trained.logits is None
+    assert trained.entity_logits is None
+    for name in ("loss", "mlm_loss", "mep_loss"):
+        torch.testing.assert_close(getattr(trained, name), getattr(evaluated, name))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(
+        *(torch.autograd.grad(output.loss, parameters, allow_unused=True) for output in (trained, evaluated))
+    )
+
+
+def test_in_training_masked_lm_without_labels_gives_logits():
+    assert make(LukeForMaskedLM).train()(**padded_inputs()).logits is not None

@@ -109,4 +109,24 @@ struct Gradients {
   bool keys;  // and values
 };
 
+// A linear layer: out = f(x W^T + b) + r, all of one dtype.
+struct Linear {
+  Matrix x;
+  Matrix residual;  // null data: none
+  Matrix out;
+  const void* packed;
+  const void* bias;  // or null
+  int64_t in_size;
+  int64_t out_size;
+  bool gelu;
+};
+
+// How the work on a layer is cut, and what it takes.
+struct LinearSizes {
+  int64_t packed_bytes;
+  int64_t scratch_bytes;
+  int64_t rows;    // of a block
+  int64_t panels;  // of columns
+};
+
 }  // namespace luke_kernels

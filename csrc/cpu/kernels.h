@@ -16,6 +16,11 @@ struct Kernels {
   // The gradients of `keys`, and their values, from all rows; or of the queries of `rows`, from all keys; or of all.
   void (*backward)(DType dtype, const Head& head, Span keys, Span rows, Gradients gradients, void* scratch);
 
+  LinearSizes (*linear_sizes)(DType dtype, int64_t in_size, int64_t out_size);
+  void (*linear_pack)(DType dtype, const Matrix& weight, int64_t in_size, int64_t out_size, void* packed);
+  // A block of rows by some panels.
+  void (*linear)(DType dtype, const Linear& linear, Span rows, Span panels, void* scratch);
+
   // Only multiplies and adds, as the products of tensors of `dtype` do; returns how many operations it did.
   int64_t (*multiply_add)(DType dtype, int64_t rounds);
 };

@@ -150,6 +150,13 @@ def reason_against(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return None
 
 
+def cpu_kernels_missing() -> str | None:
+    """Return why there are no C++ kernels that beat PyTorch's on this CPU, or None where there are."""
+    if _CPU_ISA == "portable":
+        return "those of a CPU without AVX2 and AVX-512, which PyTorch's beat"
+    return _EXTENSION_MISSING
+
+
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool = False) -> str:
     """Return the backend to run: `name` itself, or for "auto" the first of PREFERENCE that can.
 

@@ -1,0 +1,120 @@
+"""The encoder's layers in inference on the CPU: the same sums as `model.Layer`, by kernels that read packed weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luke_kernels.attention import is_plain
+from luke_kernels.ops.attention import attend_joint
+from luke_kernels.ops.layout import Layout
+from luke_kernels.ops.linear import DTYPES, PackedLinear
+
+
+class PackedLayers:
+    """Packed copies of layers' weights. The layers keep their own, and nothing of them is changed.
+
+    Args:
+        layers: `model.Layer`s on the CPU.
+        dtype: What the layers compute in; None: the dtype of their weights.
+
+    Raises:
+        ValueError, TypeError: a layer is not on the CPU, in another dtype than float32, bfloat16 and float16, or has a
+            part that is not the plain module it was.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype | None = None):
+        plain = [
+            (f"layer.{number}.{name}", module)
+            for number, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if list(module.parameters(recurse=False))
+        ]
+        for name, module in plain:
+            kind = nn.LayerNorm if name.endswith("LayerNorm") else nn.Linear
+            if not is_plain(module, kind):
+                raise ValueError(f"{name} must be a plain {kind.__name__} without hooks, got {module}")
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        for parameter in parameters:
+            if parameter.device.type != "cpu":
+                raise ValueError(f"device must be cpu to be optimized for inference, got {parameter.device}")
+        self.dtype = dtype or (parameters[0].dtype if parameters else torch.float32)
+        if self.dtype not in DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16 for inference, got {self.dtype}")
+        self._seen = [(parameter, _state(parameter)) for parameter in parameters]
+        self.layers = [PackedLayer(layer, self.dtype) for layer in layers]
+
+    def check(self) -> None:
+        """Refuse weights that are no longer those that were packed."""
+        for parameter, state in self._seen:
+            if _state(parameter) != state:
+                raise RuntimeError(
+                    "weights must stay as they were when optimize_for_inference packed them, got new ones: call "
+                    "optimize_for_inference again"
+                )
+
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    # Tensors made in inference mode have no version.
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+class PackedLayer:
+    """One layer, (Tw + Te, C) -> the same, or (R, C)."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype):
+        attention = layer.attention["self"]
+        self.num_heads, self.backend = attention.num_heads, attention.backend
+        self.activation = layer.activation
+        names = ("query", "key", "value", *(("w2e_query", "e2w_query", "e2e_query") if attention.entity_aware else ()))
+        self.projections = [_pack(getattr(attention, name), dtype) for name in names]
+        self.attention_output = _pack(layer.attention["output"].dense, dtype)
+        self.attention_norm = _norm(layer.attention["output"].LayerNorm, dtype)
+        self.intermediate = _pack(layer.intermediate["dense"], dtype)
+        self.output = _pack(layer.output.dense, dtype)
+        self.output_norm = _norm(layer.output.LayerNorm, dtype)
+
+    def __call__(self, hidden: Tensor, num_words: int, layout: Layout, rows: Tensor | None = None) -> Tensor:
+        hidden = hidden.to(self.intermediate.dtype)
+        context = attend_joint(*self._project(hidden, num_words), layout, 0.0, self.backend).flatten(-2)
+        if rows is not None:
+            hidden, context = hidden.index_select(0, rows), context.index_select(0, rows)
+        hidden = F.layer_norm(self.attention_output(context, residual=hidden), *self.attention_norm)
+        if self.activation is F.gelu:
+            inner = self.intermediate(hidden, gelu=True)
+        else:
+            inner = self.activation(self.intermediate(hidden))
+        return F.layer_norm(self.output(inner, residual=hidden), *self.output_norm)
+
+    def _project(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
+        """Project as `attention.project_joint` does."""
+        tokens, size = hidden.shape
+        words, entities, everything = slice(0, num_words), slice(num_words, tokens), slice(0, tokens)
+        query, key, value, *others = self.projections
+        if others and tokens > num_words:
+            w2e_query, e2w_query, e2e_query = others
+            places = [
+                (query, words, 0),
+                (w2e_query, words, 1),
+                (e2w_query, entities, 0),
+                (e2e_query, entities, 1),
+                (key, everything, 2),
+                (value, everything, 3),
+            ]
+        else:
+            places = [(query, everything, 0), (key, everything, 1), (value, everything, 2)]
+        stacked = hidden.new_empty(tokens, places[-1][2] + 1, size)
+        for linear, kind, slot in places:
+            linear(hidden[kind], out=stacked[kind, slot])
+        heads = stacked.unflatten(-1, (self.num_heads, -1))
+        return heads[words], heads[entities] if tokens > num_words else None
+
+
+def _pack(linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    return PackedLinear(linear.weight.to(dtype), linear.bias.to(dtype))
+
+
+def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+    return norm.normalized_shape, norm.weight.detach().to(dtype), norm.bias.detach().to(dtype), norm.eps

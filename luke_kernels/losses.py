@@ -1,0 +1,85 @@
+"""Cross-entropy over large vocabularies, without the logits of all classes in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Of the logits of a chunk of classes, in float32.
+CHUNK_BYTES = 32 * 2**20
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of linear scores, a chunk of classes at a time.
+
+        loss = mean_r(logsumexp_n(h_r . w_n + b_n) - (h_r . w_l + b_l)),   l = labels_r
+
+    Equal to `F.cross_entropy(F.linear(hidden, weight, bias), labels)` up to rounding. The backward computes the scores
+    again: one product more for memory of a chunk in place of (R, N). Under autocast products are in its dtype.
+
+    Args:
+        hidden: (R, D).
+        weight: A vector for each class, (N, D).
+        bias: (N,).
+        labels: Classes, int64 (R,), all in [0, N).
+
+    Returns:
+        A scalar in the dtype of the products, NaN where R is 0.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        # Of the chunks: their logsumexp, so that nothing is lost where one has all the weight.
+        parts = [logits.logsumexp(dim=1) for _, logits in _chunks(hidden, weight, bias)]
+        logsumexp = torch.stack(parts).logsumexp(dim=0)
+        of_labels = weight[labels].to(hidden.dtype)
+        scores = (_wide(hidden) * _wide(of_labels)).sum(dim=1) + _wide(bias[labels])
+        ctx.save_for_backward(hidden, weight, bias, labels, logsumexp)
+        return (logsumexp - scores).mean().to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, logsumexp = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        share = _wide(dloss) / len(labels)
+        dhidden = torch.zeros_like(_wide(hidden)) if needs_hidden else None
+        dweight = torch.empty_like(weight) if needs_weight else None
+        dbias = torch.empty_like(bias) if needs_bias else None
+        rows = torch.arange(len(labels), device=labels.device)
+        for chunk, logits in _chunks(hidden, weight, bias):
+            dlogits = logits.sub_(logsumexp[:, None]).exp_()
+            columns = labels - chunk.start
+            inside = (columns >= 0) & (columns < dlogits.shape[1])
+            dlogits.index_put_(
+                (rows, columns.clamp(0, dlogits.shape[1] - 1)), -inside.to(dlogits.dtype), accumulate=True
+            )
+            dlogits *= share
+            if dbias is not None:
+                dbias[chunk] = dlogits.sum(dim=0)
+            dlogits = dlogits.to(hidden.dtype)
+            if dhidden is not None:
+                dhidden += dlogits @ weight[chunk].to(hidden.dtype)
+            if dweight is not None:
+                dweight[chunk] = dlogits.t() @ hidden
+        return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of classes and their scores, (R, chunk), wide and free to be written to."""
+    size = max(1, CHUNK_BYTES // 4 // max(1, len(hidden)))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, len(weight), size):
+            chunk = slice(begin, begin + size)
+            yield chunk, _wide(F.linear(hidden, weight[chunk].to(hidden.dtype), bias[chunk].to(hidden.dtype)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return what sums are kept in: float32, or float64 of float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,85 @@
+"""Linear layers on packed weights, in the kernels of each instruction set: error, edges, rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
+from luke_kernels.ops.linear import DTYPES, PackedLinear
+
+# Rows, in, out: one of each, odd ones, more than a block of rows and a piece of the depth, less than a vector.
+SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96)]
+
+
+def draw(rows, in_size, out_size, dtype):
+    return (
+        torch.randn(rows, in_size).to(dtype),
+        (torch.randn(out_size, in_size) * in_size**-0.5).to(dtype),
+        torch.randn(out_size).to(dtype),
+        torch.randn(rows, out_size).to(dtype),
+    )
+
+
+def exact(x, weight, bias, residual, gelu):
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return (F.gelu(y) if gelu else y) + (0 if residual is None else residual.double())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_cpu(isa, dtype, size):
+    """Rounding of the sum in float32, and of the output."""
+    x, weight, bias, residual = draw(*size, dtype)
+    packed = {True: PackedLinear(weight, bias), False: PackedLinear(weight, None)}
+    for has_bias in (True, False):
+        for gelu in (True, False):
+            for added in (residual, None):
+                truth = exact(x, weight, bias if has_bias else None, added, gelu)
+                got = packed[has_bias](x, gelu=gelu, residual=added)
+                assert got.dtype == dtype
+                eps = torch.finfo(dtype).eps
+                sums = torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().t()).max()
+                error = (got.double() - truth).abs()
+                assert (error <= eps * truth.abs() + 4 * sums + 1e-7).all(), (has_bias, gelu, added is None)
+
+
+def test_gelu_cpu(isa):
+    """Within some float32 roundings of x Phi(x), relative where it is tiny; there x^2 is rounded in the exponent."""
+    x = torch.cat([torch.linspace(-13, 13, 40_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])
+    got = PackedLinear(torch.ones(1, 1), None)(x[:, None], gelu=True)[:, 0].double()
+    truth = 0.5 * x.double() * torch.special.erfc(-x.double() / 2**0.5)
+    assert ((got - truth).abs() <= 1e-5 * truth.abs() + 1e-37).all()
+    near = x > -1
+    assert ((got - truth).abs()[near] <= 5e-7 * truth.abs()[near] + 1e-37).all()
+
+
+def test_strided_rows_cpu(isa):
+    x, weight, bias, _ = draw(40, 48, 32, torch.float32)
+    packed = PackedLinear(weight, bias)
+    wide, out = torch.randn(40, 3, 48), torch.full((40, 2, 32), 7.0)
+    wide[:, 1] = x
+    assert packed(wide[:, 1], out=out[:, 1]).data_ptr() == out[:, 1].data_ptr()
+    assert torch.equal(out[:, 1], packed(x))
+    assert (out[:, 0] == 7).all()
+    assert torch.equal(packed(x.t().contiguous().t()), packed(x))
+    assert torch.equal(PackedLinear(weight.t().contiguous().t(), bias)(x), packed(x))
+
+
+def test_threads_change_nothing_cpu():
+    x, weight, bias, residual = draw(300, 96, 200, torch.float32)
+    packed, before, found = PackedLinear(weight, bias), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(packed(x, gelu=True, residual=residual))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_no_rows_cpu():
+    assert PackedLinear(torch.ones(3, 4), None)(torch.empty(0, 4)).shape == (0, 3)
+
+
+def test_other_dtype_cpu():
+    with pytest.raises(TypeError, match=r"x must have the dtype of the packed weights, torch.float32, got torch.bfl"):
+        PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 4, dtype=torch.bfloat16))
