@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the logits of a chunk of classes, in float32.
+# Of the logits of a chunk of classes, or of their vectors, in float32.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of classes and their scores, (R, chunk), wide and free to be written to."""
-    size = max(1, CHUNK_BYTES // 4 // max(1, len(hidden)))
+    size = max(1, CHUNK_BYTES // 4 // max(hidden.shape))
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, len(weight), size):
             chunk = slice(begin, begin + size)

@@ -8,7 +8,7 @@ from luke_kernels import losses
 from luke_kernels.losses import linear_cross_entropy
 from luke_kernels.memory import peak_memory_bytes
 
-ROWS, CLASSES, SIZE = 13, 101, 24
+ROWS, CLASSES, SIZE = 13, 101, 24  # of which the larger counts
 
 
 def draw(dtype, rows=ROWS, classes=CLASSES, size=SIZE):
@@ -30,7 +30,7 @@ def plain(hidden, weight, bias, labels):
 # A chunk of one class, of some, of all but one, of all.
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
 def test_error(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * ROWS * chunk)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * SIZE * chunk)
     tensors = draw(dtype)
     exact = run(plain, *(t.detach().double().requires_grad_() for t in tensors[:3]), tensors[3])
     eager, ours = run(plain, *tensors), run(linear_cross_entropy, *tensors)
