@@ -59,7 +59,8 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/tools: $(VENV)/ready
-	$(INSTALL) pytest pytest-xdist hypothesis pybind11 peft matplotlib ruff mypy import-linter
+	$(INSTALL) pytest pytest-xdist pytest-benchmark hypothesis pybind11 peft matplotlib ruff mypy import-linter \
+		onnx onnxscript onnxruntime
 	touch $@
 
 # From the sdist, so that what it lacks is missed.

@@ -1,6 +1,7 @@
 """The batches of the model and layer benchmarks: ids drawn at random, and real texts.
 
-A name says all: `BxWxE` and `BxWxE-ragged` as in `cases`; `conll-N` and `wikipedia-N` are N texts of `texts.CORPORA`.
+A name says all: `BxWxE` and `BxWxE-ragged` as in `cases`; `conll-N`, `conll-spans-N`, `wikipedia-N` and `questions-N`
+are N texts of `texts.CORPORA`.
 """
 
 import random
@@ -47,6 +48,15 @@ class Batch:
             "entity_position_ids": packed.pad_entities(packed.entity_position_ids, fill=-1),
         }
 
+    def first(self, count: int) -> "Batch":
+        """Return the first sequences, padded to the longest of them."""
+        if count >= self.packed.batch_size:
+            return self
+        words, entities = max(self.word_lengths[:count]), max(self.entity_lengths[:count])
+        lengths = {name: entities if name.startswith("entity") else words for name in self.padded}
+        inputs = {name: value[:count, : lengths[name]] for name, value in self.padded.items()}
+        return Batch(f"{self.name}[:{count}]", PackedBatch.from_padded(**inputs))
+
     def parts(self, tokens: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Cut the padded inputs to parts of about so many tokens, and each to its longest sequence.
 
@@ -88,6 +98,21 @@ class Batch:
         return products + attention if direction == "forward" else 3 * products + 3.5 * attention
 
 
+_TEXTS = re.compile(rf"({'|'.join(texts.CORPORA)})-([1-9]\d*)")
+
+
+def corpus_of(name: str) -> tuple[texts.Corpus, int]:
+    """Return the corpus of a case and the number of its texts.
+
+    Raises:
+        ValueError: the name is none of texts.
+    """
+    match = _TEXTS.fullmatch(name)
+    if match is None:
+        raise ValueError(f"case must be one of {', '.join(f'{corpus}-N' for corpus in texts.CORPORA)}, got {name!r}")
+    return texts.CORPORA[match[1]], int(match[2])
+
+
 def load(name: str, config: LukeConfig, device: torch.device) -> Batch:
     """Make the batch of a name.
 
@@ -95,10 +120,7 @@ def load(name: str, config: LukeConfig, device: torch.device) -> Batch:
         ValueError: the name is none, the model has no place for so many words, or there are not so many texts.
         FileNotFoundError: it is of real texts, and they are not here.
     """
-    if match := re.fullmatch(rf"({'|'.join(texts.CORPORA)})-([1-9]\d*)", name):
-        packed = PackedBatch.from_encodings(texts.encode(texts.CORPORA[match[1]](int(match[2]))))
-    else:
-        packed = PackedBatch.from_encodings(_draw(name, config))
+    packed = PackedBatch.from_encodings(texts.load(*corpus_of(name)) if _TEXTS.fullmatch(name) else _draw(name, config))
     return Batch(name, packed.to(device))
 
 

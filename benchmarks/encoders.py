@@ -1,22 +1,27 @@
-"""Who competes in the model benchmark: transformers' LUKE, the same accelerated, and ours. All share their weights."""
+"""Who competes in the model benchmark: transformers' LUKE, the same accelerated, and ours. All share their weights.
+
+`peers` adds transformers' LUKE compiled and exported.
+"""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from benchmarks.batches import Batch
+from benchmarks.cases import DIRECTIONS
 from luke_kernels import LukeConfig, LukeModel, accelerate
 
 TRANSFORMERS = "transformers"
 ACCELERATED = "accelerated"
 OURS = "luke_kernels"
 PACKED = "luke_kernels-packed"
+OPTIMIZED = "luke_kernels-optimized"
 SEED = 0
 
 SIZES = {
@@ -39,10 +44,10 @@ SIZES = {
 ENTITY_VOCAB_SIZE = 10_000
 
 
-def config_of(size: str) -> LukeConfig:
+def config_of(size: str, entity_vocab_size: int = ENTITY_VOCAB_SIZE) -> LukeConfig:
     """Return the settings of a size, without dropout: its numbers are drawn in other ways."""
     return LukeConfig(
-        **{"entity_vocab_size": ENTITY_VOCAB_SIZE, **SIZES[size]}, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+        **{"entity_vocab_size": entity_vocab_size, **SIZES[size]}, hidden_dropout_prob=0, attention_probs_dropout_prob=0
     )
 
 
@@ -54,10 +59,16 @@ class Contender:
     model: nn.Module
     inputs: dict[str, Any]
     douts: Sequence[Tensor]
+    directions: ClassVar[Sequence[str]] = DIRECTIONS
+    slack: ClassVar[int] = 1  # how many times the bound of the gate its error may be
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
+
+    def prepare(self, direction: str) -> None:
+        """Make ready for calls in a direction; what it takes is not timed."""
+        self.model.train(direction == "both")
 
     def run(self, direction: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the states of words and entities and, where direction is "both", the gradients of the parameters."""
@@ -72,18 +83,32 @@ class Contender:
         return output.last_hidden_state, output.entity_last_hidden_state
 
 
+class Optimized(Contender):
+    """Ours, its weights packed for this CPU: a model of its own, though of the same weights."""
+
+    directions = ("forward",)
+
+    def prepare(self, direction: str) -> None:
+        self.model.optimize_for_inference()
+
+
 def draw_model(config: LukeConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Make transformers' eager LukeModel, all weights drawn: attention far from uniform, no two queries alike."""
+    """Make transformers' eager LukeModel, its weights drawn."""
     settings = transformers.LukeConfig(**config.to_dict(), attn_implementation="eager")
     model = transformers.LukeModel(settings, add_pooling_layer=False).to(device)
+    draw_weights(model, device)
+    return model.to(dtype)
+
+
+def draw_weights(model: nn.Module, device: torch.device) -> None:
+    """Draw all weights of a model: attention far from uniform, no two queries alike."""
     generator = torch.Generator(device).manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             std = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.2
             parameter.normal_(std=std, generator=generator)
-            if name.endswith("LayerNorm.weight"):
+            if name.lower().endswith(("layernorm.weight", "layer_norm.weight")):
                 parameter += 1
-    return model.to(dtype)
 
 
 def draw_douts(batch: Batch, model: nn.Module) -> list[Tensor]:
@@ -98,14 +123,24 @@ def draw_douts(batch: Batch, model: nn.Module) -> list[Tensor]:
 def contenders(model: nn.Module, batch: Batch, douts: Sequence[Tensor]) -> list[Contender]:
     """Return who competes with `model`, transformers' own, which comes first."""
     accelerated = accelerate(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
-    with torch.device("meta"):
-        ours = LukeModel(LukeConfig.from_dict(model.config.to_dict()), add_pooling_layer=False)
-    ours.load_state_dict(model.state_dict(), assign=True)
+    ours = _ours(model)
     words, entities = douts
     padded_douts = batch.packed.pad_words(words), batch.packed.pad_entities(entities)
-    return [
+    chosen = [
         Contender(TRANSFORMERS, model, batch.padded, padded_douts),
         Contender(ACCELERATED, accelerated, batch.padded, padded_douts),
         Contender(OURS, ours, batch.padded, padded_douts),
         Contender(PACKED, ours, {"input_ids": batch.packed}, douts),
     ]
+    # Older revisions, which are compared with, lack it.
+    can = hasattr(LukeModel, "optimize_for_inference")
+    if can and words.device.type == "cpu" and words.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        chosen.append(Optimized(OPTIMIZED, _ours(model), {"input_ids": batch.packed}, douts))
+    return chosen
+
+
+def _ours(model: nn.Module) -> LukeModel:
+    with torch.device("meta"):
+        ours = LukeModel(LukeConfig.from_dict(model.config.to_dict()), add_pooling_layer=False)
+    ours.load_state_dict(model.state_dict(), assign=True)
+    return ours

@@ -1,5 +1,6 @@
 """What every suite does with a case: judge the contenders, then time those that passed, in turns."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from benchmarks import timing
 
 Record = dict[str, Any]
 _FMA = "multiply and add"
+# Calls that take so long are not run once more before they are measured: the gate's has warmed them up.
+LONG_S = 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ def compete(
 
     Args:
         flops: What the case costs.
+        repeats: Timed calls of each, at most: `timing.plan_rounds`.
         peak_tflops: `timing.measure_peak` of the same run.
 
     Returns:
@@ -34,22 +38,29 @@ def compete(
         (with its message), both without a time. `fraction_of_peak` is of `fma_peak_tflops`, timed in the same turns,
         where our CPU kernels are built and the device is a CPU; else of the matmul.
     """
-    rows, calls, operations = {}, {}, None
+    rows, calls, operations, round_s = {}, {}, None, 0.0
     for entrant in entrants:
         row = entrant.record | {"matmul_peak_tflops": peak_tflops}
         rows[row["contender"]] = row
         try:
+            begin = time.perf_counter()
             verdict, call = entrant.enter()
+            entered_s = time.perf_counter() - begin
             row |= verdict
             if row["gate"] != "wrong":
-                call()
+                if entered_s < LONG_S:
+                    call()
+                begin = time.perf_counter()
                 row["peak_memory_bytes"] = timing.peak_memory_bytes(call, device)
+                round_s += time.perf_counter() - begin
                 calls[row["contender"]] = call
         except timing.failures() as error:
             row |= {"gate": "failed", "message": timing.described(error)}
     if device.type == "cpu" and entrants:
         operations = timing.multiply_adds(getattr(torch, entrants[0].record["dtype"]))
-    samples, failed = timing.interleave(calls | ({_FMA: operations.call} if operations else {}), repeats, device)
+    warm_up, repeats = timing.plan_rounds(round_s, repeats)
+    calls |= {_FMA: operations.call} if operations else {}
+    samples, failed = timing.interleave(calls, repeats, device, warm_up)
     fma_ms, _ = samples.pop(_FMA, None), failed.pop(_FMA, None)
     fma_peak_tflops = operations.count / timing.quantiles(fma_ms)["median_ms"] / 1e9 if operations and fma_ms else None
     for name, message in failed.items():
@@ -77,8 +88,8 @@ def summary(record: Record) -> str:
     head = f"{record['case']:<18} {record['dtype']:<9} {record['direction']:<8} {record['contender']:<22}"
     if record["median_ms"] is None:
         return f"{head} {record['gate']} {record['message'] or record['error']}"
+    times = f"{head} {record['median_ms']:>10.3f} ms ({record['p20_ms']:.3f} to {record['p80_ms']:.3f})"
+    if record["tflops"] is None:
+        return f"{times} {record['tokens_per_s']:,.0f} tokens/s"
     peak = "matmul" if record["fma_peak_tflops"] is None else "FMA"
-    return (
-        f"{head} {record['median_ms']:>10.3f} ms ({record['p20_ms']:.3f} to {record['p80_ms']:.3f}) "
-        f"{record['tflops']:.3f} TFLOP/s, {record['fraction_of_peak']:.0%} of {peak}"
-    )
+    return f"{times} {record['tflops']:.3f} TFLOP/s, {record['fraction_of_peak']:.0%} of {peak}"

@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "matmul_peak_tflops")
 _PEAKS = ("fma_peak_tflops", "fraction_of_peak")
 _RATES = ("tokens_per_s", "sequences_per_s")
-_JUDGED = ("gate", "gate_heads", "message", "error", "eager_error", "peak_memory_bytes")
+_JUDGED = ("gate", "gate_heads", "message", "error", "eager_error", "bound", "peak_memory_bytes")
 _RUN = ("run", "device", "versions", "commit", "dirty", "date", "command")
 _WHAT = ("op", "direction", "contender", "backend", "size", "case", "shape", "dtype")
 FIELDS = (*_WHAT, *_MEASURED, *_PEAKS, *_RATES, *_JUDGED, *_RUN)
@@ -43,6 +43,8 @@ def describe_run(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "triton": _version("triton"),
             "transformers": _version("transformers"),
+            "onnxruntime": _version("onnxruntime"),
+            "openvino": _version("openvino"),
         },
         "commit": commit,
         "dirty": dirty,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +15,27 @@ Rows = dict[tuple[str, str, str], Row]
 
 
 class Page(NamedTuple):
+    """`plots` are keys of PLOTS."""
+
     title: str
     baseline: str
+    plots: tuple[str, ...] = ("tflops",)
 
 
 PAGES = {
     "attention": Page("Attention", "eager"),
     "layer": Page("Attention with its projections", "transformers"),
-    "model": Page("LUKE's encoder", "transformers"),
+    "model": Page("LUKE's encoder", "transformers", ("tflops", "time")),
+    "train": Page("A step of pretraining", "transformers"),
+    "memory": Page("Memory over length", "transformers", ("memory",)),
+    "tokenizer": Page("The tokenizer", "transformers", ()),
 }
 README = records.ROOT / "README.md"
 README_BLOCK = re.compile(r"(?<=<!-- benchmarks: model -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> list[Path]:
-    """Write a page of each of PAGES that there are records of, and a plot a device, into a folder.
+    """Write a page of each of PAGES that there are records of, and its plots a device, into a folder.
 
     Args:
         found: Records, oldest first. A row of a table comes from the last run that has its case, dtype and direction.
@@ -40,15 +47,18 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, devices in _by_page(found).items():
-        title, usual = PAGES[name]
+        title, usual, kinds = PAGES[name]
         against = baseline or usual
         sections = [f"# {title}\n\nMilliseconds (median), and how many times as fast as `{against}` in the same run.\n"]
         plots = []
         for device, rows in devices.items():
-            plot = out / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
-            _plot(device, rows, plot)
-            plots.append(plot)
-            sections.append(f"## {device}\n\n![TFLOP/s against case]({plot.name})\n")
+            stem = f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}"
+            sections.append(f"## {device}\n")
+            for kind in kinds:
+                plot = out / (f"{stem}.png" if kind == kinds[0] else f"{stem}-{kind}.png")
+                PLOTS[kind].draw(device, rows, plot)
+                plots.append(plot)
+                sections.append(f"![{PLOTS[kind].title}]({plot.name})\n")
             for direction in sorted({direction for direction, _, _ in rows}, reverse=True):
                 part = {(case, dtype): row for (d, case, dtype), row in rows.items() if d == direction}
                 sections.append(f"### {_TITLES[direction]}\n\n{table(part, against)}\n")
@@ -59,7 +69,11 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
                         f"knows no entities:\n\n{table(part, 'sdpa_plain', share)}\n"
                     )
                 if name != "attention":
-                    sections.append(f"Peak memory of a call, MiB:\n\n{table(part, against, memory)}\n")
+                    of_records = [record for row in part.values() for record in row.values()]
+                    for field, title, cell in _FIGURES:
+                        if any(record[field] is not None for record in of_records):
+                            sections.append(f"{title}:\n\n{table(part, against, cell)}\n")
+                    sections += _notes(part)
             sections.append(_sources(rows.values()))
         page = out / f"{name}.md"
         page.write_text("\n".join(sections))
@@ -68,7 +82,19 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
 
 
 _PEAKS = {"matmul_peak_tflops": "dashed", "fma_peak_tflops": "solid"}
-_TITLES = {"forward": "Forward", "both": "Forward and backward"}
+_TITLES = {
+    "forward": "Forward",
+    "both": "Forward and backward",
+    "step": "Forward, backward and AdamW",
+    "encode": "Texts and spans to inputs",
+}
+
+
+def _notes(rows: dict[tuple[str, str], Row]) -> list[str]:
+    """List what records say beside their figures: why there are none, or what was changed."""
+    told = [(case, dtype, record) for (case, dtype), row in rows.items() for record in row.values()]
+    lines = [f"- {case}, {dtype}, `{r['contender']}`: {r['message']}" for case, dtype, r in told if r["message"]]
+    return ["\n".join(["Notes:", "", *lines, ""])] if lines else []
 
 
 def render_readme(found: Iterable[Record], path: Path = README) -> None:
@@ -84,6 +110,23 @@ def render_readme(found: Iterable[Record], path: Path = README) -> None:
     path.write_text(README_BLOCK.sub(lambda _: block, text), encoding="utf-8")
 
 
+# Columns, and what is told of those that are not in every table.
+_README_CONTENDERS = {
+    "transformers": None,
+    "transformers-compiled": "`transformers-compiled`: by torch.compile for each shape. ",
+    "onnxruntime": "`onnxruntime`, `openvino`: transformers' exported for each shape. ",
+    "openvino": "",
+    "accelerated": None,
+    "luke_kernels": None,
+    "luke_kernels-packed": None,
+    "luke_kernels-optimized": "`luke_kernels-optimized`: packed, and its weights packed for this CPU before. ",
+}
+_README_CORPORA = {
+    "conll-spans-": "; `conll-spans-N`: sentences with all spans of up to 16 words",
+    "questions-": "; `questions-N`: questions, each before its paragraph, with the answers to it",
+}
+
+
 def readme_block(found: Iterable[Record]) -> str:
     """Return a compact table a device of LUKE base in the first dtype measured, and how the other dtypes did."""
     devices = _by_page(r for r in found if r["size"] == "base").get("model", {})
@@ -94,7 +137,9 @@ def readme_block(found: Iterable[Record]) -> str:
 
 def _readme_table(rows: Rows) -> str:
     dtype = next(iter(rows))[2]
-    names = ("transformers", "accelerated", "luke_kernels", "luke_kernels-packed")
+    every = [record for row in rows.values() for record in row.values()]
+    present = {record["contender"] for record in every}
+    names = [name for name, told in _README_CONTENDERS.items() if told is None or name in present]
     lines = [["case", "tokens (padded)", *names], ["---", *["---:"] * (1 + len(names))]]
     for (direction, case, row_dtype), row in rows.items():
         if row_dtype == dtype:
@@ -102,14 +147,17 @@ def _readme_table(rows: Rows) -> str:
             shape = next(iter(row.values()))["shape"]
             tokens = f"{shape['real_tokens']:,} ({shape['padded_tokens']:,})"
             lines.append([label, tokens, *(_readme_cell(row.get(name), row.get(names[0])) for name in names)])
-    every = [record for row in rows.values() for record in row.values()]
     told = dict.fromkeys(f"{_versions(r)}, {_commit(r)}" for r in every)
     notes = (
         "Time of transformers' eager LUKE, then how many times as fast; and by how much a call makes the memory grow. "
         "`accelerated`: the same model after `accelerate`; `luke_kernels`: ours, on the same padded inputs; "
-        "`luke_kernels-packed`: ours, on a batch that was packed before. `BxWxE`: B sequences of W words and E "
+        "`luke_kernels-packed`: ours, on a batch that was packed before. "
+        + "".join(text for name, text in _README_CONTENDERS.items() if text is not None and name in present)
+        + "`BxWxE`: B sequences of W words and E "
         "entities; `conll-N`: sentences with their mentions, of middling padding; `wikipedia-N`: leads of articles "
-        f"with their links. LUKE {every[0]['size']}, {dtype}, {every[0]['device']}; {'; '.join(told)}."
+        "with their links"
+        + "".join(text for name, text in _README_CORPORA.items() if any(case.startswith(name) for _, case, _ in rows))
+        + f". LUKE {every[0]['size']}, {dtype}, {every[0]['device']}; {'; '.join(told)}."
     )
     for other in dict.fromkeys(row_dtype for _, _, row_dtype in rows if row_dtype != dtype):
         ours = [row for (_, _, row_dtype), row in rows.items() if row_dtype == other and "luke_kernels" in row]
@@ -156,6 +204,28 @@ def memory(record: Record | None, baseline: Record | None) -> str:
     if record is None or record["peak_memory_bytes"] is None:
         return ""
     return f"{record['peak_memory_bytes'] / 2**20:.0f}"
+
+
+def rates(record: Record | None, baseline: Record | None) -> str:
+    """Return sequences and tokens a second."""
+    if record is None or record["tokens_per_s"] is None:
+        return ""
+    return f"{record['sequences_per_s']:.4g}; {record['tokens_per_s']:,.0f}"
+
+
+def fraction(record: Record | None, baseline: Record | None) -> str:
+    """Return the fraction of the peak."""
+    if record is None or record["fraction_of_peak"] is None:
+        return ""
+    return f"{record['fraction_of_peak']:.0%}"
+
+
+# A field that a record must have, and what is told of it on the pages of models.
+_FIGURES = (
+    ("tokens_per_s", "Sequences a second; tokens that exist, words and entities, a second", rates),
+    ("fraction_of_peak", "Share of the peak that was measured in the same run (FMA on a CPU, else matmul)", fraction),
+    ("peak_memory_bytes", "Peak memory of a call, MiB", memory),
+)
 
 
 def table(
@@ -217,7 +287,7 @@ def _sources(rows: Iterable[Row]) -> str:
     return "\n".join(["Runs:", "", *lines, ""])
 
 
-def _plot(device: str, rows: Rows, path: Path) -> None:
+def _plot_tflops(device: str, rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = sorted({(dtype, direction) for direction, _, dtype in rows}, key=lambda p: (p[0], p[1] != "forward"))
@@ -244,3 +314,39 @@ def _plot(device: str, rows: Rows, path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _plot_lines(device: str, rows: Rows, path: Path, field: str, unit: float, label: str) -> None:
+    """Draw a figure of each contender against the tokens that exist, both on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(dtype, direction) for direction, _, dtype in rows}, key=lambda p: (p[0], p[1] != "forward"))
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for axes, (dtype, direction) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        part = [row for (d, _, t), row in rows.items() if (t, d) == (dtype, direction)]
+        for place, name in enumerate(names):
+            # Nothing that memory can be told from is no point on a logarithmic axis.
+            points = sorted(
+                (r["shape"]["real_tokens"], r[field] / unit) for row in part if (r := row.get(name)) and r[field]
+            )
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=name, color=f"C{place}")
+        axes.set(title=f"{_TITLES[direction]}, {dtype}", ylabel=label, xlabel="words and entities", xscale="log")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    figure.suptitle(device)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+class Plot(NamedTuple):
+    title: str
+    draw: Callable[[str, Rows, Path], None]
+
+
+PLOTS = {
+    "tflops": Plot("TFLOP/s against case", _plot_tflops),
+    "time": Plot("Time against length", partial(_plot_lines, field="median_ms", unit=1, label="milliseconds")),
+    "memory": Plot("Memory against length", partial(_plot_lines, field="peak_memory_bytes", unit=2**20, label="MiB")),
+}

@@ -1,11 +1,13 @@
 """Real texts with their entities, drawn from data sets in the folder that LUKE_KERNELS_DATA names."""
 
 import html
+import itertools
+import json
 import os
 import random
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from luke_kernels.tokenizer import LukeEncoding
 DRAWS = 101
 MASK = "[MASK]"
 SPECIAL_ENTITIES = ("[PAD]", "[UNK]", MASK, "[MASK2]")
-# What LUKE was pretrained with (Yamada et al. 2020, appendix A).
+# What LUKE was pretrained with (Yamada et al. 2020, appendix A); answers are looked for in windows of 384 words.
 MAX_WORDS, MAX_ENTITIES = 512, 128
+MAX_QUESTION_WORDS = 384
+# Named entities are looked for in all spans of up to so many words (ibid., section 4.3).
+MAX_SPAN_WORDS = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,60 @@ def wikipedia(count: int) -> list[Text]:
     return _draw(leads, count, lambda lead: min(len(lead.text.split()), MAX_WORDS))
 
 
-CORPORA = {"conll": conll, "wikipedia": wikipedia}
+def conll_spans(count: int) -> list[Text]:
+    """Draw sentences of CoNLL-2003's eng.testa; entities are all spans of MAX_SPAN_WORDS words at most, as [MASK]."""
+    sentences = []
+    for block in (_data() / "conll2003/eng.testa").read_text(encoding="utf-8").split("\n\n"):
+        words = [line.split()[0] for line in block.splitlines() if line and not line.startswith("-DOCSTART-")]
+        if words:
+            ends = list(itertools.accumulate(words, lambda end, word: end + 1 + len(word), initial=-1))[1:]
+            spans = [
+                (end - len(word), last)
+                for place, (word, end) in enumerate(zip(words, ends, strict=True))
+                for last in ends[place : place + MAX_SPAN_WORDS]
+            ]
+            sentences.append(Text(" ".join(words), spans, [MASK] * len(spans)))
+    return _draw(sentences, count, lambda sentence: len(sentence.text.split()) + len(sentence.spans))
+
+
+def questions(count: int) -> list[Text]:
+    """Draw questions, each before its paragraph of Wikipedia; entities are the answers of all questions to that, as
+    [MASK]: no data set at hand links them.
+    """
+    pairs = []
+    for article in json.loads((_data() / "squad/new_wiki_v1.0.json").read_text(encoding="utf-8"))["data"]:
+        for paragraph in article["paragraphs"]:
+            answers = [answer for question in paragraph["qas"] for answer in question["answers"]]
+            spans = {(answer["answer_start"], answer["answer_start"] + len(answer["text"])) for answer in answers}
+            for question in paragraph["qas"]:
+                text = f"{question['question']} {paragraph['context']}"
+                shift = len(question["question"]) + 1
+                found = [(shift + start, shift + end) for start, end in sorted(spans)]
+                pairs.append(Text(text, found, [MASK] * len(found)))
+    return _draw(pairs, count, lambda pair: min(len(pair.text.split()), MAX_QUESTION_WORDS))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where texts come from, and what they are cut to."""
+
+    draw: Callable[[int], list[Text]]
+    max_words: int = MAX_WORDS
+    max_entities: int = MAX_ENTITIES
+
+
+CORPORA = {
+    "conll": Corpus(conll),
+    # Sentences are cut nowhere: the longest has 109 words.
+    "conll-spans": Corpus(conll_spans, max_entities=109 * MAX_SPAN_WORDS),
+    "wikipedia": Corpus(wikipedia),
+    "questions": Corpus(questions, max_words=MAX_QUESTION_WORDS),
+}
+
+
+def load(corpus: Corpus, count: int) -> LukeEncoding:
+    """Draw texts of a corpus and tokenise them."""
+    return encode(corpus.draw(count), corpus)
 
 
 def _draw(population: list[Text], count: int, length: Callable[[Text], int]) -> list[Text]:
@@ -99,21 +157,26 @@ def _linked(wikitext: str) -> Text:
     return Text(text, spans, titles)
 
 
-def encode(texts: list[Text]) -> LukeEncoding:
-    """Tokenise with RoBERTa's pieces, cut to MAX_WORDS; every title is known."""
+def entity_vocab(texts: Sequence[Text]) -> dict[str, int]:
+    """Number the titles of texts, all known, after the special ones."""
     titles = sorted({title for text in texts for title in text.titles} - {*SPECIAL_ENTITIES})
-    tokenizer = LukeTokenizer.from_files(
-        _data() / "roberta_bpe/vocab.json",
-        _data() / "roberta_bpe/merges.txt",
-        {title: i for i, title in enumerate((*SPECIAL_ENTITIES, *titles))},
-        max_entity_length=MAX_ENTITIES,
-    )
+    return {title: i for i, title in enumerate((*SPECIAL_ENTITIES, *titles))}
+
+
+def bpe_files() -> tuple[Path, Path]:
+    """Return the vocabulary and merges of RoBERTa's pieces."""
+    return _data() / "roberta_bpe/vocab.json", _data() / "roberta_bpe/merges.txt"
+
+
+def encode(texts: list[Text], corpus: Corpus) -> LukeEncoding:
+    """Tokenise with RoBERTa's pieces, cut as the corpus says."""
+    tokenizer = LukeTokenizer.from_files(*bpe_files(), entity_vocab(texts), max_entity_length=corpus.max_entities)
     return tokenizer(
         [text.text for text in texts],
         entity_spans=[text.spans for text in texts],
         entities=[text.titles for text in texts],
         truncation=True,
-        max_length=MAX_WORDS,
+        max_length=corpus.max_words,
     )
 
 

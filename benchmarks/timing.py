@@ -14,6 +14,9 @@ from luke_kernels.memory import peak_memory_bytes as peak_memory_bytes
 
 Call = Callable[[], Any]
 WARM_UP = 2
+# No more than so many seconds go into the rounds of a case, but for the fewest that have a median.
+ROUNDS_S = 60
+FEWEST = 3
 # Larger than any L2 so far (B200: 126 MB).
 FLUSH_BYTES = 256 * 2**20
 _PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -24,12 +27,13 @@ _PEAK_ROUNDS = 1_000_000
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """Return what a contender may raise where it cannot run: torch's errors and, once it is imported, Triton's."""
-    if "triton" not in sys.modules:
-        return (RuntimeError, ImportError)
-    from triton.errors import TritonError
-
-    return (RuntimeError, ImportError, TritonError)
+    """Return what a contender may raise where it cannot run: torch's errors and, once imported, those of the others."""
+    found: list[type[BaseException]] = [RuntimeError, ImportError]
+    # Their errors are of no class but Exception.
+    for name in ("triton.errors", "onnxruntime.capi.onnxruntime_pybind11_state", "openvino.frontend"):
+        module = vars(sys.modules[name]) if name in sys.modules else {}
+        found += [each for each in module.values() if isinstance(each, type) and issubclass(each, Exception)]
+    return tuple(found)
 
 
 def described(error: BaseException) -> str:
@@ -37,10 +41,16 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
+def plan_rounds(round_s: float, repeats: int) -> tuple[int, int]:
+    """Return how many rounds to warm up and to time where one takes `round_s` seconds, every call having run before."""
+    most = max(FEWEST, int(ROUNDS_S / round_s)) if round_s else repeats
+    return 0 if round_s * FEWEST > ROUNDS_S else WARM_UP, min(repeats, most)
+
+
 def interleave(
-    calls: Mapping[str, Call], repeats: int, device: torch.device
+    calls: Mapping[str, Call], repeats: int, device: torch.device, warm_up: int = WARM_UP
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time calls in turns, each round beginning one call later, after WARM_UP rounds that do not count.
+    """Time calls in turns, each round beginning one call later, after `warm_up` rounds that do not count.
 
     Returns:
         Milliseconds of each call, `repeats` of them; and the message of each call that failed.
@@ -49,7 +59,7 @@ def interleave(
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     stopwatches: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
-    for turn in range(WARM_UP + repeats):
+    for turn in range(warm_up + repeats):
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             if name in failed:
@@ -59,7 +69,7 @@ def interleave(
             except failures() as error:
                 failed[name] = described(error)
                 continue
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 stopwatches[name].append(stopwatch)
     if flush is not None:
         torch.cuda.synchronize(device)

@@ -73,7 +73,7 @@ def tune(
 def convert(
     source: Annotated[str, typer.Argument(help="Directory, archive or hub id: LUKE of any origin, RoBERTa or BERT.")],
     output: Annotated[str, typer.Argument(help="Directory, new or empty; of an original also a .tar.gz.")],
-    to: Annotated[str, typer.Option(help="luke (ours and transformers'), original, or encoder (as RoBERTa).")] = "luke",
+    to: Annotated[str, typer.Option(help="luke (ours, transformers'), original, encoder (RoBERTa), or onnx.")] = "luke",
     entity_vocab: Annotated[str | None, typer.Option(help=".json, .jsonl or .tsv, for RoBERTa and BERT.")] = None,
     entity_emb_size: Annotated[
         int | None, typer.Option(help="Size of an entity's embedding, for RoBERTa and BERT; else 256.")
@@ -85,7 +85,7 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
 ) -> None:
-    """Convert a checkpoint, and its tokenizer, to LUKE, to the original repository's LUKE, or to its word encoder."""
+    """Convert a checkpoint, and its tokenizer, to LUKE, the original repository's LUKE, its word encoder, or ONNX."""
     from luke_kernels.convert import convert
 
     conversion = convert(

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind into LUKE for us and transformers, LUKE of the original repository, or its word encoder."""
+"""Checkpoints of every kind into LUKE for us, transformers, the original repository or ONNX, or its word encoder."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from torch import Tensor
 from luke_kernels import checkpoint as checkpoints
 from luke_kernels.config import LukeConfig, read_json
 from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
+from luke_kernels.export import export_onnx
 from luke_kernels.heads import LukeForMaskedLM, LukeHead
 from luke_kernels.model import LukeModel, LukePreTrainedModel
 from luke_kernels.sources import Source
@@ -30,11 +31,13 @@ KINDS = {
     "original": "LUKE of the original repository",
     "encoder": "an encoder of words",
 }
+# An ONNX file is no source: it holds no checkpoint.
+TARGETS = (*KINDS, "onnx")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MODELS: tuple[type[LukePreTrainedModel], ...] = (LukeModel, *LukeHead.__subclasses__())
 ARCHIVE = ".tar.gz"
 # Of files; who names a directory so meant a file.
-FILE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".safetensors", ".bin")
+FILE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".safetensors", ".bin", ".onnx")
 # Of pretraining, Yamada et al. 2020; configs do not hold them.
 LENGTHS = {"max_entity_length": 128, "max_mention_length": 30}
 # RoBERTa's and XLM-R's words with `<ent>` and `<ent2>`, where no tokenizer tells whether these are there.
@@ -104,7 +107,7 @@ def convert(
         source: Directory, archive or hub id: LUKE of any origin, or an encoder, RoBERTa, XLM-RoBERTa or BERT.
         output: Directory, new or empty, an empty one is filled as it is; for "original" also a new .tar.gz.
         to: "luke", for us and transformers; "original", for studio-ousia/luke; "encoder", the words alone as a RoBERTa
-            of transformers, without entities and markers.
+            of transformers, without entities and markers; "onnx", model.onnx as `export_onnx` writes it.
         entity_vocab: File of titles as `read_entity_vocab` takes it, [PAD], [UNK] and [MASK] among them; required for
             an encoder, refused for a LUKE.
         entity_emb_size: Size of an entity's embedding in a LUKE from an encoder; None: 256, as in LUKE's. Refused for
@@ -112,7 +115,7 @@ def convert(
         tokenizer: Directory or hub id of the tokenizer of words; None: that of the source, which an archive does not
             have. The titles are those of the source, or, where it has none, of the tokenizer. Refused for "original".
         dtype: float16, bfloat16 or float32; None: as stored.
-        max_shard_size: As in `LukePreTrainedModel.save_pretrained`; for "original" there is one file.
+        max_shard_size: As in `LukePreTrainedModel.save_pretrained`; "original" and "onnx" have one file.
         revision, token, cache_dir, local_files_only: For the hub, as in huggingface_hub; `revision` of the source.
 
     Raises:
@@ -120,6 +123,7 @@ def convert(
             vocabulary.
         ValueError: `output` exists and is no empty directory, an argument does not fit the source, or the checkpoint
             or `entity_vocab` is malformed.
+        RuntimeError: onnx or onnxscript is not installed, for "onnx".
         Nothing is written then.
 
     Warns:
@@ -152,8 +156,11 @@ def convert(
             told = told.replace(str(folder), opened.name)
         state: dict[str, Tensor] = dict(model.named_parameters())
         architecture = type(model).__name__
-        if to == "luke":
-            model.save_pretrained(target, max_shard_size)
+        if to in ("luke", "onnx"):
+            if to == "luke":
+                model.save_pretrained(target, max_shard_size)
+            else:
+                _write_onnx(target, model)
             if made is not None:
                 made.save_pretrained(target)
             elif entities:
@@ -188,8 +195,8 @@ def convert(
 
 
 def _check(output: Path, to: str, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
-    if to not in KINDS:
-        raise ValueError(f"to must be one of {', '.join(KINDS)}, got {to!r}")
+    if to not in TARGETS:
+        raise ValueError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     checkpoints.check_shard_size(max_shard_size)
@@ -211,7 +218,7 @@ def _check_kind(kind: str, to: str, entity_vocab: str | Path | None, entity_emb_
     if entity_vocab is not None and not Path(entity_vocab).is_file():
         raise FileNotFoundError(f"entity_vocab (--entity-vocab) must be a file, got {entity_vocab}, which is none")
     if kind == to == "encoder":
-        raise ValueError("to must be luke or original for a source that is an encoder of words, got 'encoder'")
+        raise ValueError("to must be luke, original or onnx for a source that is an encoder of words, got 'encoder'")
 
 
 def _check_entities(name: str, entities: dict[str, int], size: int) -> None:
@@ -332,6 +339,15 @@ def _has_markers(config: LukeConfig, tokenizer: LukeTokenizer | None) -> bool:
     if tokenizer is None:
         return config.vocab_size in SIZES_WITH_MARKERS
     return (tokenizer.entity_token_1_id, tokenizer.entity_token_2_id) == (config.vocab_size - 2, config.vocab_size - 1)
+
+
+def _write_onnx(folder: Path, model: LukePreTrainedModel) -> None:
+    for layer in model.encoder_model.layers:
+        # Loaded with all queries that the checkpoint holds, it is to run as its config says.
+        layer.attention["self"].entity_aware = model.config.use_entity_aware_attention  # type: ignore[assignment]
+    export_onnx(model.eval(), folder / "model.onnx")
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_original(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any], entities: dict[str, int]) -> None:

@@ -234,8 +234,8 @@ class LukeForMaskedLM(LukeHead):
     `score` takes labels (B, W) and entity_labels (B, E), -100 where nothing is to be predicted; or, to score few:
     positions (B, P), columns of the padded batch whose words to score, -1 pads (packed: rows (P,)), giving logits
     (B, P, V); and entity_candidates, entity ids (K,), or (B, E, K) with -1 pads (packed: (Te, K)), giving
-    entity_logits (B, E, K). Returns `MaskedLMOutput`; in training with labels the losses alone, of what has labels, without
-    the logits of whole vocabularies in memory.
+    entity_logits (B, E, K). Returns `MaskedLMOutput`; in training with labels the losses alone, of what has labels,
+    without the logits of whole vocabularies in memory.
     """
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):

@@ -451,7 +451,7 @@ def test_words_that_are_not_the_model_s_make_no_tokenizer(tmp_path):
             {"to": "original", "tokenizer": "a"},
             r"^tokenizer \(--tokenizer\) must be None for original, .*, got a$",
         ),
-        ("new", {"to": "bert"}, r"^to must be one of luke, original, encoder, got 'bert'$"),
+        ("new", {"to": "bert"}, r"^to must be one of luke, original, encoder, onnx, got 'bert'$"),
         ("new", {"dtype": torch.int8}, r"^dtype must be one of torch.float16, .*, got torch.int8$"),
         ("new", {"dtype": "half"}, r"^dtype must be one of torch.float16, .*, got half$"),
         ("new", {"max_shard_size": "5 apples"}, r"^max_shard_size must be .*, got '5 apples'$"),
@@ -479,7 +479,7 @@ def test_refused_before_anything_is_read(tmp_path, output, arguments, message):
         ),
         ("original", {"entity_vocab": "a.tsv"}, r"^entity_vocab \(--entity-vocab\) must be None for .* a LUKE"),
         ("roberta", {}, r"^entity_vocab \(--entity-vocab\) must be given for .* an encoder"),
-        ("roberta", {"entity_vocab": "TITLES", "to": "encoder"}, r"^to must be luke or original for .* encoder"),
+        ("roberta", {"entity_vocab": "TITLES", "to": "encoder"}, r"^to must be luke, original or onnx for .* encoder"),
         ("roberta", {"entity_vocab": "/nowhere.tsv"}, r"^entity_vocab \(--entity-vocab\) must be a file, got /nowhere"),
         (
             "luke",
@@ -607,7 +607,7 @@ def test_the_command_warns_in_a_sentence(tmp_path, masked_lm, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "bert"], "to must be one of luke, original, encoder, got 'bert'"),
+        (["--to", "bert"], "to must be one of luke, original, encoder, onnx, got 'bert'"),
         (["--dtype", "half8"], "dtype must be one of"),
         (["--entity-vocab", "a.tsv"], "entity_vocab (--entity-vocab) must be None"),
         (["--entity-emb-size", "8"], "entity_emb_size (--entity-emb-size) must be None"),

@@ -219,7 +219,10 @@ def test_gpu_command_without_a_gpu(tmp_path):
         (["report", "--records", "none.jsonl"], "none.jsonl"),
         (["attention", "--repeat", "0"], "--repeat"),
         (["model", "--size", "huge"], "size must be tiny or base or large, got 'huge'"),
-        (["model", "--case", "4x5"], "case must be BxWxE, BxWxE-ragged or one of conll-N, wikipedia-N, got '4x5'"),
+        (
+            ["model", "--case", "4x5"],
+            "case must be BxWxE, BxWxE-ragged or one of conll-N, conll-spans-N, wikipedia-N, questions-N, got '4x5'",
+        ),
         (["model", "--case", "1x513x2"], "case must have at most 512 words and some entities, got '1x513x2'"),
     ],
 )

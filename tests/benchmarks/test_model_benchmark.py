@@ -44,7 +44,7 @@ def prepare(name: str = RAGGED, dtype: torch.dtype = torch.float32):
 
 def test_records(found):
     assert 0 in batches.load(RAGGED, CONFIG, CPU).entity_lengths
-    assert len(found) == 2 * 2 * 4
+    assert len(found) == 2 * (5 + 4)
     for record in found:
         assert set(json.loads(json.dumps(record, allow_nan=False))) == set(records.FIELDS)
         assert record["gate"] == "pass", record["message"]
@@ -56,12 +56,8 @@ def test_records(found):
         assert record["versions"]["transformers"]
         if record["contender"] == encoders.TRANSFORMERS:
             assert record["error"] == record["eager_error"]
-    assert [record["contender"] for record in found[:4]] == [
-        "transformers",
-        "accelerated",
-        "luke_kernels",
-        "luke_kernels-packed",
-    ]
+    names = ["transformers", "accelerated", "luke_kernels", "luke_kernels-packed"]
+    assert [record["contender"] for record in found[:9]] == [*names, "luke_kernels-optimized", *names]
 
 
 def test_contenders_share_weights_and_nothing_else():
@@ -71,6 +67,10 @@ def test_contenders_share_weights_and_nothing_else():
         assert {name: parameter.data_ptr() for name, parameter in contender.parameters.items()} == addresses
         assert all(parameter.requires_grad for parameter in contender.parameters.values())
     assert len({type(contender.model.encoder) for contender in (theirs, *rest)}) == 3
+    packed, optimized = rest[-2:]
+    assert optimized.model is not packed.model
+    optimized.prepare("forward")
+    assert optimized.model.is_optimized_for_inference > packed.model.is_optimized_for_inference
     assert type(theirs.model.encoder).__module__.startswith("transformers.")
 
 
@@ -255,8 +255,9 @@ def test_real_texts_are_skipped_without_data(monkeypatch, capsys, tmp_path):
 
 
 def test_report(found, tmp_path):
-    page, plot = report.render(found, tmp_path)
-    assert (page.name, plot.suffix) == ("model.md", ".png")
+    page, *plots = report.render(found, tmp_path)
+    assert (page.name, [plot.suffix for plot in plots]) == ("model.md", [".png", ".png"])
+    assert all(f"]({plot.name})" in page.read_text() for plot in plots)
     rows = {(r["case"], r["direction"], r["contender"]): r for r in found}
     ours, theirs = (rows["2x9x3", "forward", name] for name in ("luke_kernels", "transformers"))
     line = next(line for line in page.read_text().splitlines() if line.startswith("| 2x9x3 | float32"))
