@@ -1,12 +1,20 @@
-"""Texts -> vectors of their words and entities, in order, in packed batches of texts of similar length."""
+"""Texts -> vectors of their words and entities, in order, in packed batches of texts of similar length.
 
+A thread reads and tokenises the next texts while the model runs on those before.
+"""
+
+import atexit
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from itertools import chain, pairwise, zip_longest
+from queue import SimpleQueue
+from threading import Event, Thread, current_thread
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
@@ -20,7 +28,13 @@ from luke_kernels.tokenizer import LukeEncoding, LukeTokenizer
 # Batches read ahead, so that texts of similar length go together: sdpa gains by it, the other backends lose nothing.
 WINDOW_BATCHES = 4
 
-_END = object()
+# How long the thread that reads texts is waited for when no more are wanted: longer than a text takes to be tokenised.
+# One that waits itself, for a pipe that is silent, say, is left to end with its text.
+STOP_S = 1.0
+
+Item = TypeVar("Item")
+
+_END: Any = object()
 
 
 class Text(NamedTuple):
@@ -66,13 +80,14 @@ def encode(
 ) -> Iterator[TextVectors]:
     """Encode texts: hidden states of their words and entities, equal up to rounding to those of each text alone.
 
-    Texts are read as results are taken: it reads ahead until 4 * `max_tokens` tokens are buffered, sorts these texts by
-    length and packs them into batches.
+    Texts are read as results are taken: it reads a window of texts, until it has 4 * `max_tokens` tokens, sorts them by
+    length and packs them into batches. While the model runs on one window, a thread reads and tokenises the next one,
+    and no further.
 
     Args:
         model: Any model of this package; its encoder runs in evaluation mode, without gradients, and is left as it was.
         tokenizer: The model's tokenizer.
-        texts: Any iterable, including an endless one.
+        texts: Any iterable, including an endless one. It and the next two are read in a thread of their own.
         entity_spans: For each text its pairs (start, end) of characters, end excluded, or None.
         entities: For each text a title for each span, or None: [MASK].
         max_tokens: Most words and entities of a batch; a longer text makes a batch of its own.
@@ -86,7 +101,8 @@ def encode(
 
     Raises:
         ValueError, TypeError: at the call, an argument breaks its rule; while results are taken, a text is too long or
-            refused by the tokenizer (it is named by its number from 0), or the iterables differ in length.
+            refused by the tokenizer (it is named by its number from 0), or the iterables differ in length. What an
+            iterable raises is raised too. Results of the windows before come first.
     """
     encoder = TextEncoder(model, tokenizer, max_tokens=max_tokens, layer=layer, truncation=truncation)
     columns: dict[str, Iterable[Any]] = {"texts": texts}
@@ -156,27 +172,36 @@ class TextEncoder:
         self.max_tokens, self.truncation = max_tokens, truncation
         self.layer = layer if layer >= 0 else last + 1 + layer
 
-    def encode(self, texts: Iterable[Text], advance: Callable[[int], None]) -> Iterator[TextVectors]:
-        """Yield the vectors of texts in order; `advance` is called with the number of texts of each batch."""
-        for window in self._windows(texts):
-            vectors: dict[int, TextVectors] = {}
-            for batch in self._batches(window):
-                vectors |= zip(batch, self._run([window[index] for index in batch]), strict=True)
-                advance(len(batch))
-            for index in range(len(window)):
-                yield vectors.pop(index)
+    def encode(
+        self, texts: Iterable[Text], advance: Callable[[int], None], block_size: int | None = None
+    ) -> Generator[TextVectors, None, None]:
+        """Yield the vectors of texts in order; `advance` is called with the number of texts of each batch.
 
-    def _windows(self, texts: Iterable[Text]) -> Iterator[list[LukeEncoding]]:
+        Where `block_size` is given, no batch holds texts of two blocks of so many texts.
+        """
+        stopped = Event()
+        with _made_ahead(self._windows(texts, block_size, stopped), stopped) as windows:
+            for window in windows:
+                vectors: dict[int, TextVectors] = {}
+                for batch, results in self._run(window):
+                    vectors |= zip(batch.indices, results, strict=True)
+                    advance(len(batch.indices))
+                for index in range(len(vectors)):
+                    yield vectors.pop(index)
+
+    def _windows(self, texts: Iterable[Text], block_size: int | None, stopped: Event) -> Iterator[list["_Batch"]]:
         window: list[LukeEncoding] = []
         num_tokens = 0
-        for text in texts:
+        for number, text in enumerate(texts, 1):
+            if stopped.is_set():
+                return
             window.append(self._tokenize(text))
             num_tokens += _num_tokens(window[-1])
-            if num_tokens >= WINDOW_BATCHES * self.max_tokens:
-                yield window
-                window, num_tokens = [], 0
+            if num_tokens >= WINDOW_BATCHES * self.max_tokens or (block_size and number % block_size == 0):
+                batches, window, num_tokens = list(self._batches(window)), [], 0
+                yield batches
         if window:
-            yield window
+            yield list(self._batches(window))
 
     def _tokenize(self, text: Text) -> LukeEncoding:
         limit = self.model.config.max_words
@@ -211,41 +236,125 @@ class TextEncoder:
             )
         return encoding
 
-    def _batches(self, window: list[LukeEncoding]) -> Iterator[list[int]]:
-        """Yield which encodings go together, the longest first: what takes too much memory fails at once."""
+    def _batches(self, window: list[LukeEncoding]) -> Iterator["_Batch"]:
+        """Pack encodings of similar length, the longest first: what takes too much memory fails at once."""
         sizes = [_num_tokens(encoding) for encoding in window]
         batch: list[int] = []
         num_tokens = 0
         for index in sorted(range(len(window)), key=sizes.__getitem__, reverse=True):
             if batch and num_tokens + sizes[index] > self.max_tokens:
-                yield batch
+                yield _pack(window, batch)
                 batch, num_tokens = [], 0
             batch.append(index)
             num_tokens += sizes[index]
-        yield batch
+        yield _pack(window, batch)
 
-    def _run(self, encodings: list[LukeEncoding]) -> Iterator[TextVectors]:
-        batch = PackedBatch.from_encodings(encodings)
-        lengths = (cu.diff().tolist() for cu in (batch.lengths.cu_words, batch.lengths.cu_entities))
+    def _run(self, window: list["_Batch"]) -> Iterator[tuple["_Batch", Iterator[TextVectors]]]:
+        # In pairs, so that each batch is launched before the one before is waited for: a GPU is kept busy.
+        for (batch, states, copied), _ in pairwise(chain(map(self._launch, window), (_END,))):
+            if copied is not None:
+                copied.synchronize()
+            yield batch, _vectors(batch, states)
+
+    def _launch(self, batch: "_Batch") -> tuple["_Batch", list[Tensor], torch.cuda.Event | None]:
+        """Run the model on a batch; return it, its states on the CPU, and the event after which they are there."""
+        device = self.model.device
+        on_gpu = device.type == "cuda"
         with torch.no_grad(), _evaluating(self.model):
             encoded = self.model.encode(
-                batch.to(self.model.device),
+                batch.packed.to(device, non_blocking=on_gpu),
                 num_layers=self.layer,
                 output_attentions=False,
                 output_hidden_states=False,
             )
-        states = (states.cpu().split(n) for states, n in zip((encoded.words, encoded.entities), lengths, strict=True))
-        for encoding, words, entities in zip(encodings, *states, strict=True):
-            assert encoding.entity_span_indices is not None
-            assert encoding.dropped_spans is not None
-            yield TextVectors(
-                # Copies: one text's vectors do not keep those of the batch.
-                words=words.clone(),
-                entities=entities.clone(),
-                offsets=torch.tensor(encoding["offset_mapping"], device="cpu"),
-                entity_span_indices=encoding.entity_span_indices[0],
-                dropped_spans=encoding.dropped_spans[0],
-            )
+        # From a GPU into page-locked memory, which torch takes for what does not block.
+        states = [states.to("cpu", non_blocking=on_gpu) for states in (encoded.words, encoded.entities)]
+        return batch, states, torch.cuda.current_stream(device).record_event() if on_gpu else None
+
+
+class _Batch(NamedTuple):
+    """Texts of a window that go together: their places in it, and what stands beside the states in their vectors."""
+
+    indices: list[int]
+    packed: PackedBatch
+    offsets: list[Tensor]
+    entity_span_indices: list[list[int]]
+    dropped_spans: list[list[int]]
+
+
+def _pack(window: list[LukeEncoding], indices: list[int]) -> _Batch:
+    encodings = [window[index] for index in indices]
+    return _Batch(
+        indices,
+        PackedBatch.from_encodings(encodings),
+        # Through numpy, which takes a third of torch's time for lists.
+        [torch.from_numpy(np.array(encoding["offset_mapping"], dtype=np.int64)) for encoding in encodings],
+        [spans for encoding in encodings for spans in encoding.entity_span_indices or ()],
+        [spans for encoding in encodings for spans in encoding.dropped_spans or ()],
+    )
+
+
+def _vectors(batch: _Batch, states: list[Tensor]) -> Iterator[TextVectors]:
+    lengths = batch.packed.lengths
+    cumulative = (lengths.cu_words, lengths.cu_entities)
+    parts = (of_kind.split(cu.diff().tolist()) for of_kind, cu in zip(states, cumulative, strict=True))
+    # Clones: one text's vectors do not keep those of the batch.
+    for words, entities, *about in zip(
+        *parts, batch.offsets, batch.entity_span_indices, batch.dropped_spans, strict=True
+    ):
+        yield TextVectors(words.clone(), entities.clone(), *about)
+
+
+@contextmanager
+def _made_ahead(items: Iterator[Item], stopped: Event) -> Iterator[Iterator[Item]]:
+    """Give the items of an iterator, each made in a thread while the one before is in use.
+
+    At the end, whatever ends it, `stopped` is set, which the iterator must heed.
+    """
+    asked: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[tuple[Item, BaseException | None]] = SimpleQueue()
+    process = os.getpid()
+
+    def make() -> None:
+        while asked.get():
+            try:
+                made.put((next(items, _END), None))
+            except BaseException as error:  # the caller's, of whatever kind
+                made.put((_END, error))
+
+    def take() -> Iterator[Item]:
+        while True:
+            if os.getpid() != process:  # the thread is not in a fork: it would be waited for without end
+                raise RuntimeError("results must be taken in one process, got a fork of it")
+            item, error = made.get()
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # which refers to this frame, and so to itself
+            if item is _END:
+                return
+            asked.put(True)
+            yield item
+
+    def stop() -> None:
+        stopped.set()
+        asked.put(False)
+        # The garbage collector may end a generator in any thread.
+        if thread is not current_thread():
+            thread.join(STOP_S)
+
+    # A daemon: one that waits for texts must not keep the interpreter from its end.
+    thread = Thread(target=make, name="luke_kernels.encode", daemon=True)
+    thread.start()
+    try:
+        # One that runs code of others must have ended before it, or the interpreter ends with an abort.
+        atexit.register(stop)
+        asked.put(True)
+        yield take()
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
 def _num_tokens(encoding: LukeEncoding) -> int:

@@ -10,9 +10,11 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
@@ -44,6 +46,9 @@ class Record(NamedTuple):
     text: Text
     identity: Any
     digest: str
+
+
+Encoded = tuple[Record, TextVectors]
 
 
 @dataclass
@@ -154,18 +159,21 @@ def encode_file(
         raise ValueError(f"output must have been made with {asked} to be resumed, got {made}")
     counts = Counts(found=found.num_texts)
     began = time.perf_counter()
-    skipped = 0
     records = _same_texts(texts, found)
-    with target, text_progress(total, found.num_texts - found.num_texts % shard_size) as advance:
-        while block := list(islice(records, shard_size)):
-            done = min(found.num_texts - skipped, len(block))
-            skipped += done
-            if done < len(block):
-                vectors = islice(encoder.encode((record.text for record in block), advance), done, None)
-                limit = encoder.model.config.max_words if truncation else None
-                target.write(settings, block[done:], _counted(counts, block[done:], vectors, limit))
-    if skipped < found.num_texts:
-        raise ValueError(f"texts must have the {found.num_texts} that output has, got {skipped}")
+    # Of a block that is there in part all texts are encoded again, if there are more.
+    done = found.num_texts % shard_size
+    with target, text_progress(total, found.num_texts - done) as advance:
+        skipped = sum(1 for _ in islice(records, found.num_texts - done))
+        begun = list(islice(records, done + 1)) if done else []
+        if skipped + len(begun) < found.num_texts:
+            raise ValueError(f"texts must have the {found.num_texts} that output has, got {skipped + len(begun)}")
+        if not done or len(begun) > done:
+            limit = encoder.model.config.max_words if truncation else None
+            with closing(_encode(encoder, chain(begun, records), shard_size, advance)) as encoded:
+                results = _counted(counts, islice(encoded, done, None), limit)
+                size = shard_size - done
+                while target.write(settings, islice(results, size)):
+                    size = shard_size
     counts.seconds = time.perf_counter() - began
     return counts
 
@@ -197,12 +205,26 @@ def _same_texts(path: str | Path, found: "Found") -> Iterator[Record]:
         yield record
 
 
-def _counted(
-    counts: Counts, records: list[Record], vectors: Iterator[TextVectors], limit: int | None
-) -> Iterator[TextVectors]:
-    """Pass vectors on and count them; texts of `limit` words are cut where their last characters are in none."""
-    for record, result in zip(records, vectors, strict=True):
-        yield result
+def _encode(
+    encoder: TextEncoder, records: Iterable[Record], block_size: int, advance: Callable[[int], None]
+) -> Generator[Encoded, None, None]:
+    """Encode texts in blocks; the encoder reads them ahead in a thread of its own."""
+    read: deque[Record] = deque()
+
+    def texts() -> Iterator[Text]:
+        for record in records:
+            read.append(record)
+            yield record.text
+
+    with closing(encoder.encode(texts(), advance, block_size)) as vectors:
+        for result in vectors:
+            yield read.popleft(), result
+
+
+def _counted(counts: Counts, encoded: Iterable[Encoded], limit: int | None) -> Iterator[Encoded]:
+    """Pass texts on and count them; those of `limit` words are cut where their last characters are in none."""
+    for record, result in encoded:
+        yield record, result
         counts.texts += 1
         counts.words += len(result.words)
         counts.entities += len(result.entities)
@@ -339,9 +361,10 @@ class JsonLines:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def write(self, settings: dict[str, Any], records: list[Record], vectors: Iterator[TextVectors]) -> None:
-        """Write a line for each text as its vectors come; when interrupted, whole lines."""
-        for (text, identity, digest), result in zip(records, vectors, strict=True):
+    def write(self, settings: dict[str, Any], encoded: Iterable[Encoded]) -> bool:
+        """Write a line for each text as it comes, when interrupted whole lines; return whether there was any text."""
+        before = self._size
+        for (text, identity, digest), result in encoded:
             values = {
                 "settings": json.dumps(settings),
                 "digest": json.dumps(digest),
@@ -353,6 +376,7 @@ class JsonLines:
             }
             line = ", ".join(f'"{name}": {value}' for name, value in values.items())
             self._append(f"{{{line}}}\n".encode())
+        return self._size > before
 
     def _append(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -423,17 +447,21 @@ class Shards:
         shutil.rmtree(self._aside)
         self._lock.close()
 
-    def write(self, settings: dict[str, Any], records: list[Record], vectors: Iterator[TextVectors]) -> None:
-        """Write a shard aside, then move it into place."""
+    def write(self, settings: dict[str, Any], encoded: Iterable[Encoded]) -> bool:
+        """Write a shard aside, then move it into place; return whether there was any text."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         parts: dict[str, list[Tensor]] = {"words": [], "entities": [], "offsets": [], "entity_span_indices": []}
-        for _, result in zip(records, vectors, strict=True):
+        ids: list[Any] = []
+        for record, result in encoded:
+            ids.append(record.identity)
             parts["words"].append(result.words)
             parts["entities"].append(result.entities)
             parts["offsets"].append(result.offsets)
             parts["entity_span_indices"].append(torch.tensor(result.entity_span_indices, dtype=torch.int64))
+        if not ids:
+            return False
         tensors = {
             "cu_words": _cumulative([len(words) for words in parts["words"]]),
             "cu_entities": _cumulative([len(entities) for entities in parts["entities"]]),
@@ -444,8 +472,8 @@ class Shards:
         about = {
             "first_text": self._num_texts,
             "settings": settings,
-            "digest": records[-1].digest,
-            "ids": [record.identity for record in records],
+            "digest": record.digest,
+            "ids": ids,
         }
         name = f"{self._num_shards:05}.safetensors"
         try:
@@ -457,7 +485,8 @@ class Shards:
         (self._aside / name).chmod(stat.S_IMODE(self.path.stat().st_mode) & 0o666)
         os.replace(self._aside / name, self.path / name)
         self._num_shards += 1
-        self._num_texts += len(records)
+        self._num_texts += len(ids)
+        return True
 
 
 def _cumulative(lengths: list[int]) -> Tensor:

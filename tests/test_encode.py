@@ -1,5 +1,6 @@
 """Texts to vectors: as of each text alone, in order, read as they are taken; files of them, and their resuming."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -132,10 +134,238 @@ def test_texts_are_read_as_results_are_taken():
     assert read == []
     for taken in range(1, 40):
         next(results)
+        # Two windows, each full with its last text, and a text that was read when it was known that no more are wanted.
         ahead = [len(TOKENIZER(text)["input_ids"]) for text in read[taken:]]
-        assert sum(ahead[:-1]) < 4 * 40
+        assert sum(ahead) < 2 * (4 * 40 + max(ahead)) + max(ahead)
     results.close()
     assert len(read) < 80
+
+
+# How long something is waited for that, unless the code is broken, comes.
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def overlapping(monkeypatch):
+    """Make each run of the model last until the text that many places further is tokenised; give those of no avail."""
+    tokenised, late = {text: threading.Event() for text in TEXTS}, []
+    run, tokenise = LukeModel.encode, LukeTokenizer.__call__
+
+    def install(awaited):
+        def slow_run(self, batch, **options):
+            text = next(awaited, None)
+            if text is not None and not tokenised[text].wait(PATIENCE_S):
+                late.append(text)
+            return run(self, batch, **options)
+
+        monkeypatch.setattr(LukeModel, "encode", slow_run)
+        return late
+
+    def spy(self, text, **options):
+        encoding = tokenise(self, text, **options)
+        tokenised[text].set()
+        return encoding
+
+    monkeypatch.setattr(LukeTokenizer, "__call__", spy)
+    return install
+
+
+def test_the_next_texts_are_tokenised_while_the_model_runs(overlapping):
+    late = overlapping(iter(TEXTS[1:4]))
+    assert len(list(encode(model(), TOKENIZER, TEXTS[:4], max_tokens=1))) == 4
+    assert late == []
+
+
+def test_nothing_is_read_while_a_window_waits():
+    """Of windows of a text one is in use and one waits, however long."""
+    third = threading.Event()
+
+    def endless():
+        yield from TEXTS[:2]
+        third.set()
+        yield from itertools.repeat(TEXTS[2])
+
+    with contextlib.closing(encode(model(), TOKENIZER, endless(), max_tokens=1)) as results:
+        next(results)
+        assert not third.wait(0.2)
+        next(results)
+        assert third.wait(PATIENCE_S)
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == "luke_kernels.encode"]
+
+
+def closed(results):
+    results.close()
+
+
+def exhausted(results):
+    assert len(list(itertools.islice(results, 30))) == 30
+    with pytest.raises(TypeError, match=r"^text 33: "):
+        list(results)
+
+
+def left_by_an_error(results):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        for _ in results:
+            1 / 0  # noqa: B018
+
+
+def interrupted(results):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LukeModel, "encode", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(results)
+
+
+@pytest.mark.parametrize("leave", [closed, exhausted, left_by_an_error, interrupted])
+def test_the_thread_ends_with_who_takes(leave):
+    texts = itertools.chain(TEXTS[:3] * 11, [None], itertools.cycle(TEXTS))
+    results = encode(model(), TOKENIZER, texts, max_tokens=1)
+    assert readers() == []
+    next(results)
+    (reader,) = readers()
+    leave(results)
+    del results
+    assert readers() == []
+    assert not reader.is_alive()
+
+
+def test_a_thread_that_waits_for_texts_is_left(monkeypatch):
+    """It takes no further text, though its window is not full."""
+    monkeypatch.setattr(sys.modules["luke_kernels.encode"], "STOP_S", 0.05)
+    comes, read = threading.Event(), []
+
+    def texts():
+        yield "Ada met Charles in London."
+        comes.wait()
+        for number in range(9):
+            read.append(number)
+            yield "A"
+
+    assert 2 * len(TOKENIZER("A")["input_ids"]) <= 8 <= len(TOKENIZER("Ada met Charles in London.")["input_ids"])
+    results = encode(model(), TOKENIZER, texts(), max_tokens=2)
+    next(results)
+    (reader,) = readers()
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < PATIENCE_S
+    assert reader.is_alive()
+    comes.set()
+    reader.join(PATIENCE_S)
+    assert not reader.is_alive()
+    assert read == [0]
+
+
+def test_the_garbage_collector_ends_it_in_any_thread():
+    """Even in that which reads: what is wrong there, unraisable, is an error of the test."""
+    collect, collected = threading.Event(), threading.Event()
+
+    def texts():
+        yield "Ada"
+        collect.wait(PATIENCE_S)
+        gc.collect()
+        collected.set()
+        yield from itertools.repeat("Bob")
+
+    cycle = [encode(model(), TOKENIZER, texts(), max_tokens=1)]
+    cycle.append(cycle)
+    next(cycle[0])
+    (reader,) = readers()
+    gc.disable()
+    try:
+        del cycle
+        collect.set()
+        assert collected.wait(PATIENCE_S)
+    finally:
+        gc.enable()
+    reader.join(PATIENCE_S)
+    assert not reader.is_alive()
+
+
+class TextsEnd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [TextsEnd, ValueError, KeyboardInterrupt, SystemExit])
+def test_what_texts_raise_comes_in_its_place(error):
+    """As it is, with where it comes from, after the results of the windows before."""
+
+    def texts():
+        yield from ("Ada", "Bob")
+        raise error("of the texts")
+
+    results = encode(model(), TOKENIZER, texts(), max_tokens=1)
+    next(results)
+    next(results)
+    with pytest.raises(error, match=r"^of the texts$") as caught:
+        next(results)
+    assert caught.traceback[-1].name == "texts"
+    assert list(results) == readers() == []
+
+
+def test_texts_that_compute(monkeypatch):
+    """Texts made by torch, by another model even, while this one runs."""
+    luke, other = model(), model()
+
+    def texts(vectors):
+        for each in vectors:
+            number = torch.matmul(each.words, torch.ones_like(each.words).T).sum()
+            yield f"Ada met {int(number * 1000)}."
+
+    written = list(texts(encode(other, TOKENIZER, TEXTS, max_tokens=10)))
+    nested = encode(luke, TOKENIZER, texts(encode(other, TOKENIZER, TEXTS, max_tokens=10)), max_tokens=10)
+    for ours, its in zip(nested, encode(luke, TOKENIZER, written, max_tokens=10), strict=True):
+        assert torch.equal(ours.words, its.words)
+
+
+def test_results_are_not_taken_in_a_fork():
+    """Its thread is not there: an error, where else it would wait without end."""
+    results = encode(model(), TOKENIZER, itertools.cycle(TEXTS), max_tokens=1)
+    next(results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of later Pythons: forking with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            next(results)
+        except RuntimeError as error:
+            os._exit(str(error) == "results must be taken in one process, got a fork of it")
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 1
+    next(results)
+    results.close()
+
+
+@pytest.mark.parametrize(
+    ("texts", "max_tokens"),
+    [
+        ("(f'Ada met {torch.randn(300, 300).mm(torch.randn(300, 300)).norm()}.' for _ in itertools.count())", 1000),
+        ("itertools.chain(['Ada'], iter(threading.Event().wait, None))", 1),
+    ],
+)
+def test_the_interpreter_ends_with_results_left(tmp_path, texts, max_tokens):
+    """While the thread is at work in torch, where it must not be ended, or waits for a text."""
+    script = f"""
+import itertools, threading, torch
+from luke_kernels import LukeConfig, LukeModel, LukeTokenizer, encode
+from luke_kernels.tokenizer import BUNDLED
+tokenizer = LukeTokenizer.from_pretrained(BUNDLED)
+config = LukeConfig(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+results = encode(LukeModel(config), tokenizer, {texts}, max_tokens={max_tokens})
+print(len(next(results).words))
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE_S, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert int(ended.stdout) > 2
 
 
 def test_no_texts():
@@ -296,7 +526,7 @@ def test_progress_ends_with_who_takes(terminal, capsys):
     before = threading.enumerate()
     results = encode(model(), TOKENIZER, itertools.cycle(TEXTS), max_tokens=1)
     next(results)
-    (refreshing,) = (thread for thread in threading.enumerate() if thread not in before)
+    (refreshing,) = (thread for thread in threading.enumerate() if thread not in [*before, *readers()])
     print("from the caller")
     results.close()
     refreshing.join(timeout=10)
@@ -386,6 +616,15 @@ def test_shards(checkpoint, texts, tmp_path, dtype):
         assert torch.equal(shard["offsets"], torch.cat([result.offsets for result in own]))
         assert shard["entity_span_indices"].tolist() == [i for result in own for i in result.entity_span_indices]
     assert next(results, None) is None
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors"])
+def test_the_next_block_is_tokenised_while_the_model_runs(checkpoint, texts, tmp_path, overlapping, name):
+    texts.write_text("\n".join(lines_of()[:6]))
+    late = overlapping(iter([TEXTS[2], TEXTS[4]]))
+    assert encode_file(texts, tmp_path / name, checkpoint, shard_size=2).texts == 6
+    assert late == []
+    assert readers() == []
 
 
 def test_json_lines_go_on_from_anywhere(checkpoint, texts, tmp_path):
