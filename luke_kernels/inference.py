@@ -46,6 +46,10 @@ class PackedLayers:
         self._seen = [(parameter, _state(parameter)) for parameter in parameters]
         self.layers = [PackedLayer(layer, self.dtype) for layer in layers]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a model, or one that was pickled, has other weights and is not optimized."""
+        return type(None), ()
+
     def check(self) -> None:
         """Refuse weights that are no longer those that were packed."""
         for parameter, state in self._seen:

@@ -1,6 +1,7 @@
 """optimize_for_inference: the numbers of the plain model, its weights untouched, every refusal."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -93,6 +94,14 @@ def test_new_weights_are_refused_until_optimized_again(change):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_copies_are_not_optimized():
+    model, inputs = build(LukeModel, dtype=torch.float32).optimize_for_inference(), padded_inputs()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not copied.is_optimized_for_inference
+        torch.testing.assert_close(states(copied, inputs), states(model, inputs), rtol=1e-5, atol=1e-5)
+    assert model.is_optimized_for_inference
 
 
 def test_packed_layers_run(monkeypatch):
