@@ -350,6 +350,7 @@ def test_results_are_not_taken_in_a_fork():
         ("(f'Ada met {torch.randn(300, 300).mm(torch.randn(300, 300)).norm()}.' for _ in itertools.count())", 1000),
         ("itertools.chain(['Ada'], iter(threading.Event().wait, None))", 1),
     ],
+    ids=["at work", "waiting"],
 )
 def test_the_interpreter_ends_with_results_left(tmp_path, texts, max_tokens):
     """While the thread is at work in torch, where it must not be ended, or waits for a text."""

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../../csrc/linear.h"
 #include "../../csrc/cuda/dispatch.h"
 
 namespace luke_kernels {
@@ -40,6 +41,11 @@ void set_cpu_isa(const char*) {}
 size_t attention_scratch_bytes_cpu(const AttentionParams&) { return 0; }
 void attention_forward_cpu(const AttentionParams&) { throw std::logic_error("only CUDA is emulated"); }
 void attention_backward_cpu(const AttentionParams&) { throw std::logic_error("only CUDA is emulated"); }
+size_t linear_packed_bytes_cpu(DType, int64_t, int64_t) { return 0; }
+void linear_pack_cpu(DType, const void*, int64_t, int64_t, int64_t, void*) {
+  throw std::logic_error("only CUDA is emulated");
+}
+void linear_cpu(const LinearParams&) { throw std::logic_error("only CUDA is emulated"); }
 int64_t multiply_add_cpu(DType, int, int64_t) { throw std::logic_error("only CUDA is emulated"); }
 
 std::string cuda_missing(int) { return ""; }
