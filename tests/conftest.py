@@ -25,8 +25,8 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.append(str(REPOSITORY))
 
 # Seconds a room may take on 2 cores.
-BUDGETS_S = {"model": 250, "tools": 200, "triton": 400, "cpu": 180, "cuda": 300, "op": 400}
-TOOL_FILES = ("accelerate", "benchmarks/", "cli", "convert", "demo", "encode", "readme")
+BUDGETS_S = {"model": 250, "tools": 200, "benchmarks": 150, "triton": 400, "cpu": 180, "cuda": 300, "op": 400}
+TOOL_FILES = ("accelerate", "cli", "convert", "demo", "encode", "readme")
 MODEL_FILES = ("model", "heads", "config", "checkpoint", "sources", "tokenizer", "packing", "train_bpe", "parity/")
 MODEL_FILES += ("inference", "losses", "export")
 
@@ -37,7 +37,7 @@ def _room(test: str) -> str:
         rooms = {"triton": "triton", "cuda-emulated": "cuda", "test_cuda": "cuda", "cpu": "cpu"}
         return next((room for word, room in rooms.items() if word in test), "op")
     path = test.split("::")[0]
-    rooms = {"tools": TOOL_FILES, "model": MODEL_FILES}
+    rooms = {"benchmarks": ("benchmarks/",), "tools": TOOL_FILES, "model": MODEL_FILES}
     return next((room for room, files in rooms.items() if any(name in path for name in files)), "op")
 
 
