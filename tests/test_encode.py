@@ -1,6 +1,7 @@
 """Texts to vectors: as of each text alone, in order, read as they are taken; files of them, and their resuming."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -23,7 +24,7 @@ from luke_cases import build
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from luke_kernels import LukeForTokenClassification, LukeModel, LukeTokenizer, encode
+from luke_kernels import LukeForTokenClassification, LukeModel, LukeTokenizer, encode, vector_files
 from luke_kernels.demo import sentences
 from luke_kernels.encode import TextVectors
 from luke_kernels.tokenizer import BUNDLED
@@ -895,6 +896,31 @@ def test_the_vectors_of_a_shard_are_held_once_as_it_is_written(checkpoint, texts
     monkeypatch.setattr(safetensors.torch, "save_file", spy)
     encode_file(texts, tmp_path / "vectors", checkpoint)
     assert [number - before for number in alive] == [1]  # the last one
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors"])
+def test_memory_is_given_back_after_each_block(checkpoint, texts, tmp_path, monkeypatch, name):
+    given = []
+    monkeypatch.setattr(vector_files, "_give_back_memory", lambda: given.append(None))
+    encode_file(texts, tmp_path / name, checkpoint, shard_size=4)
+    assert len(given) == 3
+
+
+def test_memory_that_lies_among_what_is_in_use_is_given_back():
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library cannot")
+
+    def resident_bytes():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # 64 MiB in pieces below 128 KiB, from where on the system gives each its own.
+    pieces = [torch.ones(2**14) for _ in range(2**10)]
+    del pieces[::2], pieces[::2], pieces[::2]
+    before = resident_bytes()
+    vector_files._give_back_memory()
+    assert before - resident_bytes() > 2**25
+    assert sum(len(piece) for piece in pieces) == 2**21
 
 
 def test_a_file_by_the_name_of_stdin(checkpoint, texts, tmp_path, monkeypatch):
