@@ -286,6 +286,9 @@ class LukeForMaskedLM(LukeHead):
                 raise ValueError(f"{name} must be None where {other} is given, got {described(few)}")
         output = MaskedLMOutput()
         if self.training and (labels is not None or entity_labels is not None):
+            for name, few in (("positions", positions), ("entity_candidates", entity_candidates)):
+                if few is not None:
+                    raise ValueError(f"{name} must be None in training with labels, got {described(few)}")
             return self._losses(encoded, labels, entity_labels)
         if positions is None:
             logits = self.lm_head(encoded.words)
@@ -324,12 +327,13 @@ class LukeForMaskedLM(LukeHead):
     ) -> Tensor | None:
         if not self.training or (labels is None and entity_labels is None):
             return None
-        words, entities = _labelled(encoded, labels, entity_labels)
+        words, entities = encoded.labelled = _labelled(encoded, labels, entity_labels)
         return torch.cat([words, entities + encoded.batch.num_words])
 
     def _losses(self, encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None) -> MaskedLMOutput:
         """Return the losses alone, of the words and entities that have labels."""
-        words, entities = _labelled(encoded, labels, entity_labels)
+        assert encoded.labelled is not None
+        words, entities = encoded.labelled
         output = MaskedLMOutput()
         if labels is not None:
             hidden = self.lm_head.transform(encoded.words.index_select(0, words))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luke_kernels.attention import is_plain
+from luke_kernels.attention import is_plain, joint_slots
 from luke_kernels.ops.attention import attend_joint
 from luke_kernels.ops.layout import Layout
 from luke_kernels.ops.linear import DTYPES, PackedLinear
@@ -72,8 +72,8 @@ class PackedLayer:
         attention = layer.attention["self"]
         self.num_heads, self.backend = attention.num_heads, attention.backend
         self.activation = layer.activation
-        names = ("query", "key", "value", *(("w2e_query", "e2w_query", "e2e_query") if attention.entity_aware else ()))
-        self.projections = [_pack(getattr(attention, name), dtype) for name in names]
+        self.entity_aware = attention.entity_aware
+        self.projections = {name: _pack(linear, dtype) for name, linear in attention.named_children()}
         self.attention_output = _pack(layer.attention["output"].dense, dtype)
         self.attention_norm = _norm(layer.attention["output"].LayerNorm, dtype)
         self.intermediate = _pack(layer.intermediate["dense"], dtype)
@@ -95,25 +95,16 @@ class PackedLayer:
     def _project(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
         """Project as `attention.project_joint` does."""
         tokens, size = hidden.shape
-        words, entities, everything = slice(0, num_words), slice(num_words, tokens), slice(0, tokens)
-        query, key, value, *others = self.projections
-        if others and tokens > num_words:
-            w2e_query, e2w_query, e2e_query = others
-            places = [
-                (query, words, 0),
-                (w2e_query, words, 1),
-                (e2w_query, entities, 0),
-                (e2e_query, entities, 1),
-                (key, everything, 2),
-                (value, everything, 3),
-            ]
+        has_entities = tokens > num_words
+        if self.entity_aware and has_entities:
+            places = joint_slots(num_words, tokens)
         else:
-            places = [(query, everything, 0), (key, everything, 1), (value, everything, 2)]
+            places = [(name, slice(0, tokens), slot) for slot, name in enumerate(("query", "key", "value"))]
         stacked = hidden.new_empty(tokens, places[-1][2] + 1, size)
-        for linear, kind, slot in places:
-            linear(hidden[kind], out=stacked[kind, slot])
+        for name, kind, slot in places:
+            self.projections[name](hidden[kind], out=stacked[kind, slot])
         heads = stacked.unflatten(-1, (self.num_heads, -1))
-        return heads[words], heads[entities] if tokens > num_words else None
+        return heads[:num_words], heads[num_words:] if has_entities else None
 
 
 def _pack(linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:

@@ -27,10 +27,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
 
     Returns:
         A scalar in the dtype of the products, NaN where R is 0.
+
+    Raises:
+        IndexError: a label is no class; on a GPU an assertion on the device fails.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -39,13 +44,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Of the chunks: their logsumexp, so that nothing is lost where one has all the weight.
         parts = [logits.logsumexp(dim=1) for _, logits in _chunks(hidden, weight, bias)]
         logsumexp = torch.stack(parts).logsumexp(dim=0)
-        of_labels = weight[labels].to(hidden.dtype)
+        # Not weight[labels], which would take a negative label from the end.
+        of_labels = F.embedding(labels, weight).to(hidden.dtype)
         scores = (_wide(hidden) * _wide(of_labels)).sum(dim=1) + _wide(bias[labels])
         ctx.save_for_backward(hidden, weight, bias, labels, logsumexp)
         return (logsumexp - scores).mean().to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dloss.device.type, enabled=False):
+            return _LinearCrossEntropy.gradients(ctx, dloss)
+
+    @staticmethod
+    def gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, logsumexp = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         share = _wide(dloss) / len(labels)
@@ -74,10 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of classes and their scores, (R, chunk), wide and free to be written to."""
     size = max(1, CHUNK_BYTES // 4 // max(hidden.shape))
-    with torch.autocast(hidden.device.type, enabled=False):
-        for begin in range(0, len(weight), size):
-            chunk = slice(begin, begin + size)
-            yield chunk, _wide(F.linear(hidden, weight[chunk].to(hidden.dtype), bias[chunk].to(hidden.dtype)))
+    for begin in range(0, len(weight), size):
+        chunk = slice(begin, begin + size)
+        yield chunk, _wide(F.linear(hidden, weight[chunk].to(hidden.dtype), bias[chunk].to(hidden.dtype)))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -187,6 +187,8 @@ class Encoded:
     hidden_states: tuple[Tensor, ...] | None = None
     entity_hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    # Rows of words, and of entities, that have labels, where these alone are scored.
+    labelled: tuple[Tensor, Tensor] | None = None
 
     def rows_of_first_words(self) -> Tensor:
         """Return the row of each sequence's first word, (B,); some row of words for a sequence without any."""

@@ -948,5 +948,18 @@ def test_in_training_masked_lm_computes_the_losses_alone(which, packed):
     )
 
 
+@pytest.mark.parametrize(
+    ("few", "label"),
+    [
+        ({"entity_candidates": torch.tensor([1])}, "labels"),
+        ({"positions": torch.zeros(BATCH, 1).long()}, "entity_labels"),
+    ],
+)
+def test_in_training_masked_lm_scores_no_few_beside_its_losses(few, label):
+    labels = {label: torch.zeros(BATCH, WORDS if label == "labels" else ENTITIES, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=f"{next(iter(few))} must be None in training with labels, got"):
+        make(LukeForMaskedLM).train()(**padded_inputs(), **few, **labels)
+
+
 def test_in_training_masked_lm_without_labels_gives_logits():
     assert make(LukeForMaskedLM).train()(**padded_inputs()).logits is not None

@@ -79,12 +79,21 @@ def test_no_rows_are_nan():
     assert linear_cross_entropy(hidden, weight, bias, torch.empty(0, dtype=torch.int64)).isnan()
 
 
+@pytest.mark.parametrize("label", [-1, -100, CLASSES])
+def test_labels_that_are_no_class(label):
+    hidden, weight, bias, labels = draw(torch.float32)
+    labels[3] = label
+    with pytest.raises(IndexError):
+        linear_cross_entropy(hidden, weight, bias, labels)
+
+
 def test_autocast():
     hidden, weight, bias, labels = draw(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, bias, labels)
     assert loss.dtype == torch.bfloat16
-    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):  # not advised, and right all the same
+        loss.backward()
     assert weight.grad.dtype == torch.float32
     exact = torch.autograd.grad(plain(hidden, weight, bias, labels), weight)[0]
     assert (weight.grad - exact).abs().max() < 0.02 * exact.abs().max()

@@ -30,8 +30,10 @@ class LinearBlock {
   using Word = typename M::Word;
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
-  static constexpr int64_t kPieceBytes = kPanel<M> * sizeof(Word) * 256 < 32768 ? 16384 : 32768;
+  // Of a panel's piece: half of a first cache of 32 KB; with AVX-512, whose panels are wide, two thirds of one of 48.
+  static constexpr int64_t kPieceBytes = kLanes == 16 ? 32768 : 16384;
   static constexpr int64_t kPiece = kPieceBytes / (kPanel<M> * sizeof(Word));  // words of depth
+  // Of a block of rows: half of a second cache of 512 KB.
   static constexpr int64_t kRowBytes = 256 * 1024;
 
  public:

@@ -18,9 +18,14 @@ class PackedLinear:
     Args:
         weight: (N, K), float32, bfloat16 or float16.
         bias: (N,), or None; not copied.
+
+    Raises:
+        TypeError: the weights are of another dtype.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
+        if weight.dtype not in DTYPES:
+            raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
         self.out_size, self.in_size = weight.shape
         self.dtype, self.bias = weight.dtype, None if bias is None else bias.detach().contiguous()
         weight = weight.detach()
@@ -41,6 +46,8 @@ class PackedLinear:
 
         Rows may be strided; `out` (M, N) is written to where it is given.
         """
+        if x.shape[1:] != (self.in_size,):
+            raise ValueError(f"x must be (M, {self.in_size}), got {tuple(x.shape)}")
         if x.dtype != self.dtype:
             raise TypeError(f"x must have the dtype of the packed weights, {self.dtype}, got {x.dtype}")
         if out is None:

@@ -22,15 +22,6 @@ def run(name: str, **options) -> list[dict]:
     return attention.run_case(case, torch.float32, CPU, cases.DIRECTIONS, 2, 0.1, records.describe_run(CPU), **options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny cases take milliseconds each where threads wait for one another on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def found() -> list[dict]:
     return run("2x9x3") + run("3x12x4-ragged")

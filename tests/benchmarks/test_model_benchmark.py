@@ -17,14 +17,6 @@ CONFIG = encoders.config_of("tiny")
 RAGGED = "4x9x2-ragged"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(name: str, **options) -> list[dict]:
     batch = batches.load(name, CONFIG, CPU)
     run = records.describe_run(CPU)

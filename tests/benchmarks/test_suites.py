@@ -34,14 +34,6 @@ RAGGED = "4x9x2-ragged"
 ENTITIES = 50
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def graphs_only(monkeypatch):
     """Dynamo traces, and inductor, which would compile for half a minute, is left out."""

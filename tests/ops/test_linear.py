@@ -83,3 +83,10 @@ def test_no_rows_cpu():
 def test_other_dtype_cpu():
     with pytest.raises(TypeError, match=r"x must have the dtype of the packed weights, torch.float32, got torch.bfl"):
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 4, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"weight must be float32, bfloat16 or float16, got torch.float64"):
+        PackedLinear(torch.ones(3, 4, dtype=torch.float64), None)
+
+
+def test_other_size_cpu():
+    with pytest.raises(ValueError, match=r"x must be \(M, 4\), got \(2, 5\)"):
+        PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 5))
