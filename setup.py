@@ -23,7 +23,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes its own intrinsics for uninitialised.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = [*AVX2, *QUIET, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
 
 def find_compiler() -> str:

@@ -69,7 +69,7 @@ struct AttentionParams {
 // Whether the CPU kernels run on more than one thread.
 bool has_openmp();
 
-// The instruction set whose kernels run: portable, avx2, avx512 or avx512_bf16. The best of this machine's, or what
+// The instruction set whose kernels run: portable, avx2, avx512, avx512_bf16 or amx. The best of this machine's, or what
 // LUKE_KERNELS_CPU_ISA names where the machine has it.
 const char* cpu_isa();
 

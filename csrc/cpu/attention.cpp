@@ -157,20 +157,20 @@ int64_t longest(const AttentionParams& params) {
 }  // namespace
 
 size_t attention_scratch_bytes_cpu(const AttentionParams& params) {
-  const int64_t forward = kernels().forward_scratch_bytes(params.dtype, params.head_dim);
-  const int64_t backward = kernels().backward_scratch_bytes(params.dtype, params.head_dim, longest(params));
+  const int64_t forward = kernels(params.dtype).forward_scratch_bytes(params.dtype, params.head_dim);
+  const int64_t backward = kernels(params.dtype).backward_scratch_bytes(params.dtype, params.head_dim, longest(params));
   return static_cast<size_t>(std::max(forward, backward)) * params.num_threads;
 }
 
 int64_t multiply_add_cpu(DType dtype, int num_threads, int64_t rounds) {
   std::vector<int64_t> operations(num_threads);
   parallel_for(num_threads, num_threads,
-               [&](int64_t index, int64_t) { operations[index] = kernels().multiply_add(dtype, rounds); });
+               [&](int64_t index, int64_t) { operations[index] = kernels(dtype).multiply_add(dtype, rounds); });
   return std::accumulate(operations.begin(), operations.end(), int64_t{0});
 }
 
 void attention_forward_cpu(const AttentionParams& params) {
-  const Kernels& isa = kernels();
+  const Kernels& isa = kernels(params.dtype);
   const size_t scratch_bytes = isa.forward_scratch_bytes(params.dtype, params.head_dim);
   struct Task {
     int64_t b, head;
@@ -206,7 +206,7 @@ void attention_forward_cpu(const AttentionParams& params) {
 }
 
 void attention_backward_cpu(const AttentionParams& params) {
-  const Kernels& isa = kernels();
+  const Kernels& isa = kernels(params.dtype);
   const size_t scratch_bytes = isa.backward_scratch_bytes(params.dtype, params.head_dim, longest(params));
   struct Task {
     int64_t b, head;

@@ -123,10 +123,12 @@ struct Linear {
 
 // How the work on a layer is cut, and what it takes.
 struct LinearSizes {
-  int64_t packed_bytes;
-  int64_t scratch_bytes;
-  int64_t rows;    // of a block
-  int64_t panels;  // of columns
+  int64_t packed_bytes;   // of the weights
+  int64_t scratch_bytes;  // of a thread
+  int64_t row_bytes;      // of a packed row; 0: rows are read as they lie
+  int64_t rows;           // of a block, at most
+  int64_t row_multiple;   // of which the rows of every block but the last are a multiple
+  int64_t panels;         // of columns
 };
 
 }  // namespace luke_kernels

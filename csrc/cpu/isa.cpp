@@ -5,6 +5,12 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../attention.h"
 
@@ -14,29 +20,46 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const Kernels* bfloat16_kernels;
   bool runs;
 };
 
-// The best last.
-const Isa (&isas())[4] {
 #if defined(LUKE_X86)
-  static const Isa all[4] = {
-      {"portable", &kernels_portable, true},
-      {"avx2", &kernels_avx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {"avx512", &kernels_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {"avx512_bf16", &kernels_avx512_bf16,
-       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-  };
+
+// The system keeps the registers of AMX for processes that ask.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
-  static const Isa all[4] = {{"portable", &kernels_portable, true},
-                             {"avx2", nullptr, false},
-                             {"avx512", nullptr, false},
-                             {"avx512_bf16", nullptr, false}};
+  return false;
+#endif
+}
+
+#endif
+
+// The best last.
+const std::vector<Isa>& isas() {
+#if defined(LUKE_X86)
+  static const std::vector<Isa> all = [] {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return std::vector<Isa>{
+        {"portable", &kernels_portable, &kernels_portable, true},
+        {"avx2", &kernels_avx2, &kernels_avx2, avx2},
+        {"avx512", &kernels_avx512, &kernels_avx512, avx512},
+        {"avx512_bf16", &kernels_avx512, &kernels_avx512_bf16, avx512_bf16},
+        {"amx", &kernels_avx512, &kernels_amx, avx512_bf16 && has_amx()},
+    };
+  }();
+#else
+  static const std::vector<Isa> all = {{"portable", &kernels_portable, &kernels_portable, true},
+                                       {"avx2", nullptr, nullptr, false},
+                                       {"avx512", nullptr, nullptr, false},
+                                       {"avx512_bf16", nullptr, nullptr, false},
+                                       {"amx", nullptr, nullptr, false}};
 #endif
   return all;
 }
@@ -55,7 +78,9 @@ const Isa* chosen = best(nullptr);
 
 }  // namespace
 
-const Kernels& kernels() { return *chosen->kernels; }
+const Kernels& kernels(DType dtype) {
+  return dtype == DType::kBFloat16 ? *chosen->bfloat16_kernels : *chosen->kernels;
+}
 
 const char* cpu_isa() { return chosen->name; }
 
@@ -63,7 +88,7 @@ void set_cpu_isa(const char* name) {
   const Isa* isa = best(name);
   if (!isa) {
     throw std::invalid_argument(
-        std::string("LUKE_KERNELS_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got '") + name + "'");
+        std::string("LUKE_KERNELS_CPU_ISA must be portable, avx2, avx512, avx512_bf16 or amx, got '") + name + "'");
   }
   chosen = isa;
 }

@@ -4,7 +4,7 @@
 
 namespace luke_kernels {
 
-// The kernels that run: the best of this machine, up to the cap.
-const Kernels& kernels();
+// The kernels for tensors of a dtype: the best of this machine, up to the cap.
+const Kernels& kernels(DType dtype);
 
 }  // namespace luke_kernels

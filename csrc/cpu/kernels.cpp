@@ -13,17 +13,19 @@ namespace luke_kernels {
 namespace LUKE_ISA {
 namespace {
 
-// Calls f with what products are made of and the type of the tensors.
+// Calls f with what products are made of and the type of the tensors. Instruction sets that only add products of
+// bfloat16 have kernels of no other type (isa.cpp).
 template <class F>
-LUKE_INLINE auto dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-#if defined(__AVX512BF16__)
-    case DType::kBFloat16:
-      return f(Pairs{}, bfloat16{});
+LUKE_INLINE auto dispatch([[maybe_unused]] DType dtype, const F& f) {
+#if defined(__AMX_BF16__)
+  const FullTiles tiles;
+  return f(Tiles{}, bfloat16{});
+#elif defined(__AVX512BF16__)
+  return f(Pairs{}, bfloat16{});
 #else
+  switch (dtype) {
     case DType::kBFloat16:
       return f(Single<Floats>{}, bfloat16{});
-#endif
     case DType::kFloat16:
       return f(Single<Floats>{}, float16{});
     case DType::kFloat64:
@@ -31,6 +33,7 @@ LUKE_INLINE auto dispatch(DType dtype, const F& f) {
     default:
       return f(Single<Floats>{}, float{});
   }
+#endif
 }
 
 int64_t forward_scratch_bytes(DType dtype, int64_t head_dim) {
@@ -77,16 +80,18 @@ LUKE_INLINE auto dispatch_linear(DType dtype, const F& f) {
   });
 }
 
-LinearSizes linear_sizes(DType dtype, int64_t in_size, int64_t out_size) {
+LinearSizes linear_sizes(DType dtype, const Linear& linear) {
   return dispatch_linear(dtype, [&](auto product, auto scalar) {
     using Block = LinearBlock<decltype(product), decltype(scalar)>;
-    using Word = typename decltype(product)::Word;
+    constexpr int64_t kWord = sizeof(typename decltype(product)::Word);
     Memory memory(nullptr);
-    Linear linear{};
-    linear.in_size = in_size;
     const Block block(linear, memory);
-    return LinearSizes{Block::packed_words(in_size, out_size) * static_cast<int64_t>(sizeof(Word)), memory.taken(),
-                       Block::max_rows(in_size), Block::num_panels(out_size)};
+    return LinearSizes{Block::packed_words(linear.in_size, linear.out_size) * kWord,
+                       memory.taken(),
+                       Block::are_words(linear) ? 0 : Block::row_words(linear.in_size) * kWord,
+                       Block::max_rows(linear.in_size),
+                       Block::kRowMultiple,
+                       Block::num_panels(linear.out_size)};
   });
 }
 
@@ -96,10 +101,16 @@ void linear_pack(DType dtype, const Matrix& weight, int64_t in_size, int64_t out
   });
 }
 
-void linear(DType dtype, const Linear& linear, Span rows, Span panels, void* scratch) {
+void linear_pack_rows(DType dtype, const Linear& linear, Span block, Span rows, void* packed) {
+  dispatch_linear(dtype, [&](auto product, auto scalar) {
+    LinearBlock<decltype(product), decltype(scalar)>::pack_rows_of(linear, block, rows, packed);
+  });
+}
+
+void linear(DType dtype, const Linear& linear, Span rows, Span panels, const void* packed, void* scratch) {
   dispatch_linear(dtype, [&](auto product, auto scalar) {
     Memory memory(scratch);
-    LinearBlock<decltype(product), decltype(scalar)>(linear, memory).run(rows, panels);
+    LinearBlock<decltype(product), decltype(scalar)>(linear, memory).run(rows, panels, packed);
   });
 }
 
@@ -112,7 +123,8 @@ int64_t multiply_add(DType dtype, int64_t rounds) {
 
 extern const Kernels LUKE_JOIN(kernels_, LUKE_ISA) = {LUKE_ISA::forward_scratch_bytes, LUKE_ISA::forward,
                                                       LUKE_ISA::backward_scratch_bytes, LUKE_ISA::backward,
-                                                      LUKE_ISA::linear_sizes, LUKE_ISA::linear_pack, LUKE_ISA::linear,
+                                                      LUKE_ISA::linear_sizes, LUKE_ISA::linear_pack,
+                                                      LUKE_ISA::linear_pack_rows, LUKE_ISA::linear,
                                                       LUKE_ISA::multiply_add};
 
 }  // namespace luke_kernels

@@ -16,15 +16,18 @@ struct Kernels {
   // The gradients of `keys`, and their values, from all rows; or of the queries of `rows`, from all keys; or of all.
   void (*backward)(DType dtype, const Head& head, Span keys, Span rows, Gradients gradients, void* scratch);
 
-  LinearSizes (*linear_sizes)(DType dtype, int64_t in_size, int64_t out_size);
+  // Of the layer only the sizes count, and how x lies.
+  LinearSizes (*linear_sizes)(DType dtype, const Linear& linear);
   void (*linear_pack)(DType dtype, const Matrix& weight, int64_t in_size, int64_t out_size, void* packed);
-  // A block of rows by some panels.
-  void (*linear)(DType dtype, const Linear& linear, Span rows, Span panels, void* scratch);
+  // Packs some rows of a block, from a multiple of LinearSizes::row_multiple on.
+  void (*linear_pack_rows)(DType dtype, const Linear& linear, Span block, Span rows, void* packed);
+  // A block of rows by some panels; `packed` is null where rows are not packed.
+  void (*linear)(DType dtype, const Linear& linear, Span rows, Span panels, const void* packed, void* scratch);
 
   // Only multiplies and adds, as the products of tensors of `dtype` do; returns how many operations it did.
   int64_t (*multiply_add)(DType dtype, int64_t rounds);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;
 
 }  // namespace luke_kernels

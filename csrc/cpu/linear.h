@@ -31,74 +31,122 @@ class LinearBlock {
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
   // Of a panel's piece: half of a first cache of 32 KB; with AVX-512, whose panels are wide, two thirds of one of 48.
-  static constexpr int64_t kPieceBytes = kLanes == 16 ? 32768 : 16384;
+  // With AMX a third, as much again being that of the rows.
+  static constexpr int64_t kPieceBytes = kLanes == 16 && !M::kTiled ? 32768 : 16384;
   static constexpr int64_t kPiece = kPieceBytes / (kPanel<M> * sizeof(Word));  // words of depth
-  // Of a block of rows: half of a second cache of 512 KB.
-  static constexpr int64_t kRowBytes = 256 * 1024;
+  // Of a block of rows: half of a second cache of 512 KB, or of 2 MB where there is AMX.
+  static constexpr int64_t kRowBytes = (M::kTiled ? 1024 : 256) * 1024;
+  static constexpr int64_t kMaxRows = M::kTiled ? 512 : 96;
 
  public:
   LinearBlock(const Linear& linear, Memory& memory)
       : linear_(linear),
-        depth_((linear.in_size + M::kDepth - 1) / M::kDepth),
-        stride_(padded_words<M>(linear.in_size)),
-        sums_(memory.take<float>(kMaxRows * kPanel<M>)),
-        rows_(memory.take<Word>(max_rows(linear.in_size) * stride_)) {}
+        depth_(depth(linear.in_size)),
+        stride_(row_words(linear.in_size)),
+        sums_(memory.take<float>(max_rows(linear.in_size) * kPanel<M>)) {}
 
   // Rows of a block: as many as stay in the second cache.
   static int64_t max_rows(int64_t in_size) {
-    const int64_t tile_rows = rows_of_tile<M>(M::kTileVectors);
-    const int64_t fit = kRowBytes / static_cast<int64_t>(sizeof(Word)) / padded_words<M>(in_size);
-    return larger(tile_rows, smaller(fit, kMaxRows) / tile_rows * tile_rows);
+    const int64_t fit = kRowBytes / static_cast<int64_t>(sizeof(Word)) / row_words(in_size);
+    return larger(kRowMultiple, smaller(fit, kMaxRows) / kRowMultiple * kRowMultiple);
   }
+
+  // Blocks are of so many rows, or a multiple.
+  static constexpr int64_t kRowMultiple = M::kTiled ? 32 : rows_of_tile<M>(M::kTileVectors);
 
   static int64_t num_panels(int64_t out_size) { return (out_size + kPanel<M> - 1) / kPanel<M>; }
 
+  // Words of a packed row.
+  static int64_t row_words(int64_t in_size) { return M::kTiled ? depth(in_size) : padded_words<M>(in_size); }
+
   static int64_t packed_words(int64_t in_size, int64_t out_size) {
-    return num_panels(out_size) * kPanel<M> * ((in_size + M::kDepth - 1) / M::kDepth);
+    return num_panels(out_size) * kPanel<M> * depth(in_size);
   }
 
   static void pack(const Matrix& weight, int64_t in_size, int64_t out_size, void* packed) {
-    const int64_t depth = (in_size + M::kDepth - 1) / M::kDepth;
     for (int64_t p = 0; p < num_panels(out_size); ++p) {
       const int64_t count = smaller(kPanel<M>, out_size - p * kPanel<M>);
-      Word* const to = static_cast<Word*>(packed) + p * kPanel<M> * depth;
+      Word* const to = static_cast<Word*>(packed) + p * kPanel<M> * depth(in_size);
       pack_columns<M, In>(weight, p * kPanel<M>, count, in_size, to, kPanel<M>);
     }
   }
 
-  void run(Span rows, Span panels) {
-    Matrix x = linear_.x;
-    const Word* a;
-    int64_t a_stride;
-    if (are_words(x)) {
-      a = reinterpret_cast<const Word*>(row_of<In>(x, rows.begin));
-      a_stride = x.stride / M::kDepth;
-    } else {
-      pack_rows<M, In>(x, rows.begin, rows.end - rows.begin, linear_.in_size, rows_, stride_);
-      a = rows_;
-      a_stride = stride_;
+  // Whether rows are read as they lie, without being packed.
+  static bool are_words(const Linear& linear) {
+    const Matrix& x = linear.x;
+    return !M::kTiled && std::is_same_v<In, typename M::Item> && linear.in_size % M::kDepth == 0 &&
+           x.stride % M::kDepth == 0 && reinterpret_cast<uintptr_t>(x.data) % sizeof(Word) == 0;
+  }
+
+  // Packs some rows of a block, from a multiple of kRowMultiple on, to their places in what is packed of the block.
+  static void pack_rows_of(const Linear& linear, Span block, Span rows, void* packed) {
+    Word* const to = static_cast<Word*>(packed);
+    const int64_t stride = row_words(linear.in_size), count = rows.end - rows.begin, place = rows.begin - block.begin;
+#if defined(__AMX_BF16__)
+    if constexpr (M::kTiled) {
+      // Piece by piece of the depth, tile by tile of rows, step by step.
+      const int64_t tiles = (block.end - block.begin + kTileRows - 1) / kTileRows;
+      for (int64_t k = 0; k < stride; k += kTileWords) {
+        const int64_t piece = k / kPiece * kPiece, size = smaller(kPiece, stride - piece);
+        const int64_t numbers = linear.in_size - k * M::kDepth;
+        for (int64_t i = 0; i < count; i += kTileRows) {
+          Word* const tile = to + piece * kTileRows * tiles + (place + i) * size + (k - piece) * kTileRows;
+          for (int64_t r = 0; r < kTileRows; ++r) {
+            // Rows that do not exist are some that do.
+            const In* from = row_of<In>(linear.x, rows.begin + smaller(i + r, count - 1)) + k * M::kDepth;
+            store_words<M>(tile + r * kTileWords, load_words<M>(from, numbers));
+          }
+        }
+      }
+      return;
     }
-    for (int64_t p = panels.begin; p < panels.end; ++p) run_panel(rows, p, a, a_stride);
+#endif
+    static_cast<void>(block);
+    pack_rows<M, In>(linear.x, rows.begin, count, linear.in_size, to + place * stride, stride);
+  }
+
+  // A block of rows, packed unless they are read as they lie, by some panels.
+  void run(Span rows, Span panels, const void* packed) {
+    const Word* a = static_cast<const Word*>(packed);
+    int64_t a_stride = stride_;
+    if (!a) {
+      a = reinterpret_cast<const Word*>(row_of<In>(linear_.x, rows.begin));
+      a_stride = linear_.x.stride / M::kDepth;
+    }
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+#if defined(__AMX_BF16__)
+      if constexpr (M::kTiled) {
+        run_tiles(rows, p, a);
+        continue;
+      }
+#endif
+      run_panel(rows, p, a, a_stride);
+    }
   }
 
  private:
-  static constexpr int64_t kMaxRows = 96;
+  static int64_t in_words(int64_t in_size) { return (in_size + M::kDepth - 1) / M::kDepth; }
 
-  bool are_words(const Matrix& x) const {
-    return std::is_same_v<In, typename M::Item> && linear_.in_size % M::kDepth == 0 && x.stride % M::kDepth == 0 &&
-           reinterpret_cast<uintptr_t>(x.data) % sizeof(Word) == 0;
+  // Words that are multiplied, of rows and of columns.
+  static int64_t depth(int64_t in_size) {
+#if defined(__AMX_BF16__)
+    if constexpr (M::kTiled) return round_up(in_words(in_size), kTileWords);
+#endif
+    return in_words(in_size);
   }
+
+  const Word* panel(int64_t p) const { return static_cast<const Word*>(linear_.packed) + p * kPanel<M> * depth_; }
 
   void run_panel(Span rows, int64_t p, const Word* a, int64_t a_stride) {
     const int64_t count = rows.end - rows.begin, column = p * kPanel<M>;
     const int64_t columns = smaller(kPanel<M>, linear_.out_size - column), vectors = (columns + kLanes - 1) / kLanes;
-    const Word* const panel = static_cast<const Word*>(linear_.packed) + p * kPanel<M> * depth_;
+    const Word* const b = panel(p);
     float* const partial = sums_;
     for (int64_t k = 0; k < depth_; k += kPiece) {
       const int64_t depth = smaller(kPiece, depth_ - k);
       const bool first = k == 0, last = k + depth == depth_;
       const auto product = [&](const auto& finish) __attribute__((always_inline)) {
-        product_of_vectors<M>(vectors, count, depth, a + k, a_stride, panel + k * kPanel<M>, kPanel<M>, finish);
+        product_of_vectors<M>(vectors, count, depth, a + k, a_stride, b + k * kPanel<M>, kPanel<M>, finish);
       };
       if (last) {
         product([&](int64_t row, auto& sums) __attribute__((always_inline)) {
@@ -115,6 +163,46 @@ class LinearBlock {
       }
     }
   }
+
+#if defined(__AMX_BF16__)
+
+  void run_tiles(Span rows, int64_t p, const Word* a) {
+    const int64_t count = rows.end - rows.begin, column = p * kPanel<M>;
+    const int64_t columns = smaller(kPanel<M>, linear_.out_size - column);
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    // Of the next panel, which comes from far, so many lines with every step that all are fetched meanwhile.
+    const char* next = reinterpret_cast<const char*>(panel(p + 1));
+    const bool is_last = column + columns == linear_.out_size;
+    const int64_t step_lines = is_last ? 0 : (2 * kTileWords + tiles / 2) / ((tiles + 1) / 2);
+    for (int64_t k = 0; k < depth_; k += kPiece) {
+      const int64_t depth = smaller(kPiece, depth_ - k);
+      const bool first = k == 0, last = k + depth == depth_;
+      const Word* const b = panel(p) + k * kPanel<M>;
+      const auto block = [&](auto row_tiles, int64_t row) __attribute__((always_inline)) {
+        constexpr int kRowTiles = decltype(row_tiles)::value;
+        float* const sums = sums_ + row * kSumsLine;
+        const Word* const from = a + k * kTileRows * tiles + row * depth;
+        first ? clear_sums<kRowTiles, 2>() : load_sums<kRowTiles, 2>(sums);
+        for (int64_t i = 0; i < depth; i += kTileWords) {
+          for (int64_t line = 0; line < step_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+          multiply_step<kRowTiles, 2>(from + i * kTileRows, from + (depth + i) * kTileRows, kTileWords, b + i * kPanel<M>,
+                                      kPanel<M>);
+        }
+        store_sums_of_tiles<kRowTiles, 2>(sums);
+        if (!last) return;
+        const int64_t end = smaller(row + kRowTiles * kTileRows, count);
+        const auto finish_block = [&](int64_t at, auto& block) __attribute__((always_inline)) {
+          finish(rows.begin + at, column, columns, block, nullptr);
+        };
+        columns > kLanes ? finish_rows<2>(row, end, sums, finish_block) : finish_rows<1>(row, end, sums, finish_block);
+      };
+      int64_t row = 0;
+      for (; row + kTileRows < count; row += 2 * kTileRows) block(std::integral_constant<int, 2>{}, row);
+      if (row < count) block(std::integral_constant<int, 1>{}, row);
+    }
+  }
+
+#endif
 
   template <int kRows, int kVectors>
   LUKE_INLINE void finish(int64_t row, int64_t column, int64_t columns, Vector (&sums)[kRows][kVectors],
@@ -143,7 +231,6 @@ class LinearBlock {
   const Linear& linear_;
   int64_t depth_, stride_;
   float* sums_;
-  Word* rows_;
 };
 
 }  // namespace luke_kernels::LUKE_ISA

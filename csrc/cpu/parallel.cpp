@@ -60,19 +60,23 @@ void parallel_for(int num_threads, int64_t tasks, void (*task)(int64_t, int64_t,
   for (int64_t index = 0; index < tasks; ++index) task(index, std::min(index + 1, tasks), context);
 }
 
-void* thread_scratch(size_t bytes) {
+void* thread_scratch(size_t bytes, Use use) {
   struct Free {
     void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory.reset(::operator new(bytes, kAlignment));
-    size = bytes;
+  struct Scratch {
+    std::unique_ptr<void, Free> memory;
+    size_t size = 0;
+  };
+  thread_local Scratch scratches[2];
+  Scratch& scratch = scratches[static_cast<int>(use)];
+  if (scratch.size < bytes) {
+    scratch.memory.reset();
+    scratch.size = 0;
+    scratch.memory.reset(::operator new(bytes, kAlignment));
+    scratch.size = bytes;
   }
-  return memory.get();
+  return scratch.memory.get();
 }
 
 void expect_huge_pages(void* memory, int64_t bytes) {

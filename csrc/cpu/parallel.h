@@ -19,8 +19,9 @@ void parallel_for(int num_threads, int64_t tasks, const Task& task) {
       &task);
 }
 
-// Memory of this thread, aligned to 64, that grows and is used again.
-void* thread_scratch(size_t bytes);
+// Memory of this thread, aligned to 64, that grows and is used again: by a task, or by what its tasks share.
+enum class Use { kTask, kShared };
+void* thread_scratch(size_t bytes, Use use = Use::kTask);
 
 // Asks that fresh memory which is about to be written comes in huge pages: one page fault in place of 512.
 void expect_huge_pages(void* memory, int64_t bytes);

@@ -29,4 +29,19 @@ int64_t run_multiply_adds(int64_t rounds) {
   return rounds * M::kTileSums * M::kLanes * M::kDepth * 2;
 }
 
+#if defined(__AMX_BF16__)
+
+template <>
+inline int64_t run_multiply_adds<Tiles>(int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round) {
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 4, 7>();
+    multiply_tiles<2, 5, 6>();
+    multiply_tiles<3, 5, 7>();
+  }
+  return rounds * 4 * kTileRows * kTileRows * kTileWords * Tiles::kDepth * 2;
+}
+
+#endif
+
 }  // namespace luke_kernels::LUKE_ISA

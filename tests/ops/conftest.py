@@ -20,7 +20,7 @@ def _emulator(request, monkeypatch):
         monkeypatch.setenv("LUKE_EMULATOR_ORDER", "warpgroups")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request):
     """Each instruction set that this machine has, one after the other."""
     core = pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")

@@ -17,6 +17,7 @@ FLAGS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 
@@ -38,14 +39,14 @@ def test_no_instruction_set_leaks():
     """A function outside an instruction set's namespace may have been linked from any of its files."""
     command = ["objdump", "--disassemble", "--no-show-raw-insn", _C.__file__]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    allowed = {"%zmm": {"avx512", "avx512_bf16"}, "%ymm": {"avx2", "avx512", "avx512_bf16"}}
-    allowed["vector"] = allowed["%ymm"]
+    wide = {"avx512", "avx512_bf16", "amx"}
+    allowed = {"%tmm": {"amx"}, "%zmm": wide, "%ymm": {"avx2", *wide}, "vector": {"avx2", *wide}}
     found = {kind: Counter() for kind in allowed}
     leaks, place, symbol = set(), "", ""
     for line in listing.splitlines():
         if head := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
             symbol = head[1]
-            names = re.search(r"12luke_kernels(?:8(portable)|4(avx2)|6(avx512)|11(avx512_bf16))", symbol)
+            names = re.search(r"12luke_kernels(?:8(portable)|4(avx2)|6(avx512)|11(avx512_bf16)|3(amx))", symbol)
             place = names[names.lastindex] if names else ""
             continue
         instruction = line.split("\t")[1:2]
@@ -57,5 +58,4 @@ def test_no_instruction_set_leaks():
                 if place not in allowed[kind]:
                     leaks.add((kind, symbol))
     assert not leaks
-    assert set(found["%zmm"]) == {"avx512", "avx512_bf16"}
-    assert set(found["%ymm"]) == allowed["%ymm"]
+    assert all(set(found[kind]) == allowed[kind] for kind in ("%tmm", "%zmm", "%ymm"))

@@ -43,4 +43,5 @@ def test_peak_growth_of_a_second_step(backend, tmp_path):
     growth = float(result.stdout)
     print(f"{backend}: {growth:.1f} x the output")
     # The gradient alone is 4 times the output, less what pages of before serve again; scores of all pairs would be 80.
-    assert 3.5 < growth < 12
+    # Of both backends 7 on most machines; 12 were seen, since the allocator keeps what it pleases.
+    assert 3.5 < growth < 20
