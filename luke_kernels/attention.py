@@ -205,27 +205,22 @@ def project_joint(
     if how == "in place":
         stacked = hidden.new_empty(hidden.shape[0], 4, hidden.shape[1])
         word_slots, entity_slots = stacked.split(sizes)
-        for name, tokens, slot in joint_slots(num_words, hidden.shape[0]):
-            linear = getattr(module, name)
-            torch.addmm(linear.bias, hidden[tokens], linear.weight.t(), out=stacked[tokens, slot])
+        of_words, of_entities = (words, word_slots), (entities, entity_slots)
+        projections = [
+            (w2w, *of_words, 0),
+            (w2e, *of_words, 1),
+            (e2w, *of_entities, 0),
+            (e2e, *of_entities, 1),
+            (key, hidden, stacked, 2),
+            (value, hidden, stacked, 3),
+        ]
+        for linear, tokens, slots, slot in projections:
+            torch.addmm(linear.bias, tokens, linear.weight.t(), out=slots[:, slot])
     else:
         keys, values = key(hidden).split(sizes), value(hidden).split(sizes)
         word_slots = torch.stack([w2w(words), w2e(words), keys[0], values[0]], dim=1)
         entity_slots = torch.stack([e2w(entities), e2e(entities), keys[1], values[1]], dim=1)
     return _split_heads(word_slots, num_heads), _split_heads(entity_slots, num_heads)
-
-
-def joint_slots(num_words: int, num_tokens: int) -> list[tuple[str, slice, int]]:
-    """Return which projection fills which slot of which tokens in one buffer (Tw + Te, 4, C)."""
-    words, entities, everything = slice(0, num_words), slice(num_words, num_tokens), slice(0, num_tokens)
-    return [
-        ("query", words, 0),
-        ("w2e_query", words, 1),
-        ("e2w_query", entities, 0),
-        ("e2e_query", entities, 1),
-        ("key", everything, 2),
-        ("value", everything, 3),
-    ]
 
 
 def project(module: nn.Module, queries: tuple[str, ...], hidden: Tensor, num_heads: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luke_kernels.attention import is_plain, joint_slots
+from luke_kernels.attention import is_plain
 from luke_kernels.ops.attention import attend_joint
 from luke_kernels.ops.layout import Layout
 from luke_kernels.ops.linear import DTYPES, PackedLinear
@@ -73,11 +73,14 @@ class PackedLayer:
         self.num_heads, self.backend = attention.num_heads, attention.backend
         self.activation = layer.activation
         self.entity_aware = attention.entity_aware
-        self.projections = {name: _pack(linear, dtype) for name, linear in attention.named_children()}
-        self.attention_output = _pack(layer.attention["output"].dense, dtype)
+        # Side by side as they lie in a token's slots.
+        self.queries = _pack(dtype, attention.query, *([attention.w2e_query] if self.entity_aware else []))
+        self.entity_queries = _pack(dtype, attention.e2w_query, attention.e2e_query) if self.entity_aware else None
+        self.keys_values = _pack(dtype, attention.key, attention.value)
+        self.attention_output = _pack(dtype, layer.attention["output"].dense)
         self.attention_norm = _norm(layer.attention["output"].LayerNorm, dtype)
-        self.intermediate = _pack(layer.intermediate["dense"], dtype)
-        self.output = _pack(layer.output.dense, dtype)
+        self.intermediate = _pack(dtype, layer.intermediate["dense"])
+        self.output = _pack(dtype, layer.output.dense)
         self.output_norm = _norm(layer.output.LayerNorm, dtype)
 
     def __call__(self, hidden: Tensor, num_words: int, layout: Layout, rows: Tensor | None = None) -> Tensor:
@@ -93,22 +96,27 @@ class PackedLayer:
         return F.layer_norm(self.output(inner, residual=hidden), *self.output_norm)
 
     def _project(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
-        """Project as `attention.project_joint` does."""
+        """Project as `attention.project_joint` does: (Tw + Te, slots, H, D), cut into words and entities."""
         tokens, size = hidden.shape
         has_entities = tokens > num_words
-        if self.entity_aware and has_entities:
-            places = joint_slots(num_words, tokens)
+        # Without entities nothing is asked of them.
+        queries = 2 if self.entity_aware and has_entities else 1
+        slots = hidden.new_empty(tokens, queries + 2, size)
+        rows = slots.flatten(1)
+        if queries == 2:
+            self.queries(hidden[:num_words], out=rows[:num_words, : 2 * size])
+            self.entity_queries(hidden[num_words:], out=rows[num_words:, : 2 * size])
         else:
-            places = [(name, slice(0, tokens), slot) for slot, name in enumerate(("query", "key", "value"))]
-        stacked = hidden.new_empty(tokens, places[-1][2] + 1, size)
-        for name, kind, slot in places:
-            self.projections[name](hidden[kind], out=stacked[kind, slot])
-        heads = stacked.unflatten(-1, (self.num_heads, -1))
+            self.queries(hidden, out=rows[:, :size])
+        self.keys_values(hidden, out=rows[:, queries * size :])
+        heads = slots.unflatten(-1, (self.num_heads, -1))
         return heads[:num_words], heads[num_words:] if has_entities else None
 
 
-def _pack(linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
-    return PackedLinear(linear.weight.to(dtype), linear.bias.to(dtype))
+def _pack(dtype: torch.dtype, *linears: nn.Linear) -> PackedLinear:
+    """Pack layers of the same input as one."""
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    return PackedLinear(torch.cat(weights).to(dtype), torch.cat(biases).to(dtype))
 
 
 def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor, float]:

@@ -18,7 +18,7 @@ class Backward {
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
   static constexpr int64_t kQueries = 128;  // a block: a multiple of kPanel
-  static constexpr int64_t kGroup = 24;     // keys whose probabilities stay in the first cache
+  static constexpr int64_t kGroup = M::kTiled ? 32 : 24;  // keys whose probabilities stay in the first cache
 
  public:
   // Takes its memory from `memory`, for heads of up to `rows` rows.

@@ -17,7 +17,7 @@ class Forward {
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
   static constexpr int64_t kQueries = 96;       // a block: a multiple of the rows of every tile
-  static constexpr int64_t kGroup = 12;         // rows whose probabilities stay in the first cache
+  static constexpr int64_t kGroup = M::kTiled ? 32 : 12;  // rows whose probabilities stay in the first cache
   static constexpr int64_t kMaxRows = 1536;     // for which keys are packed once
 
  public:

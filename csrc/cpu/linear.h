@@ -9,19 +9,25 @@
 
 namespace luke_kernels::LUKE_ISA {
 
-// x Phi(x), exactly but for rounding: Phi(x) = erfc(-x / sqrt(2)) / 2, and erfc(z) = exp(-z^2) P(1 / (1 + z / 2)) for
-// z >= 0, P of relative error 4.3e-8 up to where the result is zero.
+// x Phi(x): Phi(x) = erfc(-x / sqrt(2)) / 2, and erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + z / 2), for z >= 0. P is of
+// relative error 5e-8 up to where the result is zero, or, for bfloat16, of 1.6e-4.
+template <class M>
 LUKE_INLINE Floats::Vector gelu(Floats::Vector x) {
   using V = Floats;
-  constexpr float kCoefficients[9] = {0.282086432f,   0.282375276f, 0.24310407f,   0.202685416f, -0.0266216863f,
-                                      0.278060526f, -0.487193286f, 0.284571379f, -0.0590681396f};
+  constexpr bool kCoarse = M::kDegree == kCoarseDegree;
+  constexpr int kTerms = kCoarse ? 5 : 9;
+  constexpr float kCoefficients[2][9] = {
+      {0.282086432f, 0.282375276f, 0.24310407f, 0.202685416f, -0.0266216863f, 0.278060526f, -0.487193286f, 0.284571379f,
+       -0.0590681396f},
+      {0.280990928f, 0.300782889f, 0.140273482f, 0.431876004f, -0.153766558f}};
+  const float* const coefficients = kCoefficients[kCoarse];
   const V::Vector size = V::max(x, V::zero() - x);
-  const V::Vector t = V::broadcast(1) / V::multiply_add(size, V::broadcast(0.35355339f), V::broadcast(1));
-  V::Vector tail = V::broadcast(kCoefficients[8]);
+  const V::Vector t = M::reciprocal(V::multiply_add(size, V::broadcast(0.35355339f), V::broadcast(1)));
+  V::Vector tail = V::broadcast(coefficients[kTerms - 1]);
 #pragma GCC unroll 8
-  for (int i = 7; i >= 0; --i) tail = V::multiply_add(tail, t, V::broadcast(kCoefficients[i]));
+  for (int i = kTerms - 2; i >= 0; --i) tail = V::multiply_add(tail, t, V::broadcast(coefficients[i]));
   // x Phi(-|x|), of which the sign is that of x.
-  tail = tail * t * V::broadcast(0.5f) * exp2<kFineDegree>(x * x * V::broadcast(-0.72134752f)) * x;
+  tail = tail * t * V::broadcast(0.5f) * exp2<M::kDegree>(x * x * V::broadcast(-0.72134752f)) * x;
   return x > V::zero() ? x - tail : tail;
 }
 
@@ -31,8 +37,8 @@ class LinearBlock {
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
   // Of a panel's piece: half of a first cache of 32 KB; with AVX-512, whose panels are wide, two thirds of one of 48.
-  // With AMX a third, as much again being that of the rows.
-  static constexpr int64_t kPieceBytes = kLanes == 16 && !M::kTiled ? 32768 : 16384;
+  // With AMX all of it: to store sums and to load them again costs more than the second cache does.
+  static constexpr int64_t kPieceBytes = M::kTiled ? 49152 : kLanes == 16 ? 32768 : 16384;
   static constexpr int64_t kPiece = kPieceBytes / (kPanel<M> * sizeof(Word));  // words of depth
   // Of a block of rows: half of a second cache of 512 KB, or of 2 MB where there is AMX.
   static constexpr int64_t kRowBytes = (M::kTiled ? 1024 : 256) * 1024;
@@ -166,40 +172,47 @@ class LinearBlock {
 
 #if defined(__AMX_BF16__)
 
+  // Two tiles of rows at a time. While the next two are multiplied, which takes no vector units, those are finished.
   void run_tiles(Span rows, int64_t p, const Word* a) {
+    constexpr int64_t kRowsAStep = 2;
     const int64_t count = rows.end - rows.begin, column = p * kPanel<M>;
     const int64_t columns = smaller(kPanel<M>, linear_.out_size - column);
-    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows, pairs = (tiles + 1) / 2;
     // Of the next panel, which comes from far, so many lines with every step that all are fetched meanwhile.
     const char* next = reinterpret_cast<const char*>(panel(p + 1));
-    const bool is_last = column + columns == linear_.out_size;
-    const int64_t step_lines = is_last ? 0 : (2 * kTileWords + tiles / 2) / ((tiles + 1) / 2);
+    const int64_t lines = column + columns == linear_.out_size ? 0 : (2 * kTileWords + pairs - 1) / pairs;
+    int64_t finished = 0;
+    const auto finish_up_to = [&](int64_t end) __attribute__((always_inline)) {
+      const float* const sums = sums_ + finished * kSumsLine;
+      const auto finish_block = [&](int64_t row, auto& block) __attribute__((always_inline)) {
+        finish(rows.begin + row, column, columns, block, nullptr);
+      };
+      columns > kLanes ? finish_rows<2>(finished, end, sums, finish_block)
+                       : finish_rows<1>(finished, end, sums, finish_block);
+      finished = end;
+    };
     for (int64_t k = 0; k < depth_; k += kPiece) {
       const int64_t depth = smaller(kPiece, depth_ - k);
       const bool first = k == 0, last = k + depth == depth_;
       const Word* const b = panel(p) + k * kPanel<M>;
-      const auto block = [&](auto row_tiles, int64_t row) __attribute__((always_inline)) {
+      const auto multiply = [&](auto row_tiles, int64_t row) __attribute__((always_inline)) {
         constexpr int kRowTiles = decltype(row_tiles)::value;
         float* const sums = sums_ + row * kSumsLine;
         const Word* const from = a + k * kTileRows * tiles + row * depth;
         first ? clear_sums<kRowTiles, 2>() : load_sums<kRowTiles, 2>(sums);
         for (int64_t i = 0; i < depth; i += kTileWords) {
-          for (int64_t line = 0; line < step_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+          for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
           multiply_step<kRowTiles, 2>(from + i * kTileRows, from + (depth + i) * kTileRows, kTileWords, b + i * kPanel<M>,
                                       kPanel<M>);
+          if (last && finished + kRowsAStep <= row) finish_up_to(finished + kRowsAStep);
         }
         store_sums_of_tiles<kRowTiles, 2>(sums);
-        if (!last) return;
-        const int64_t end = smaller(row + kRowTiles * kTileRows, count);
-        const auto finish_block = [&](int64_t at, auto& block) __attribute__((always_inline)) {
-          finish(rows.begin + at, column, columns, block, nullptr);
-        };
-        columns > kLanes ? finish_rows<2>(row, end, sums, finish_block) : finish_rows<1>(row, end, sums, finish_block);
       };
       int64_t row = 0;
-      for (; row + kTileRows < count; row += 2 * kTileRows) block(std::integral_constant<int, 2>{}, row);
-      if (row < count) block(std::integral_constant<int, 1>{}, row);
+      for (; row + kTileRows < count; row += 2 * kTileRows) multiply(std::integral_constant<int, 2>{}, row);
+      if (row < count) multiply(std::integral_constant<int, 1>{}, row);
     }
+    finish_up_to(count);
   }
 
 #endif
@@ -221,7 +234,7 @@ class LinearBlock {
       for (int v = 0; v < kVectors; ++v) {
         Vector y = sums[r][v] + bias[v];
         if (partial) y += M::load(partial + r * kPanel<M> + v * kLanes);
-        if (linear_.gelu) y = gelu(y);
+        if (linear_.gelu) y = gelu<M>(y);
         if (residual) y += widen_first<M>(residual + v * kLanes, columns - v * kLanes);
         narrow_first<M>(y, out + v * kLanes, columns - v * kLanes);
       }

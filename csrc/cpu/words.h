@@ -23,6 +23,7 @@ struct Single : V {
   static LUKE_INLINE Vector words(const Word* from) { return V::load(from); }
   static LUKE_INLINE Vector spread(const Word* from) { return V::broadcast(*from); }
   static LUKE_INLINE Vector dot(Vector sum, Vector a, Vector b) { return a * b + sum; }
+  static LUKE_INLINE Vector reciprocal(Vector x) { return V::broadcast(1) / x; }
   static LUKE_INLINE void negate(Word* words, int64_t n) {
     for (int64_t i = 0; i < n; i += V::kLanes) V::store(words + i, -V::load(words + i));
   }
@@ -50,6 +51,7 @@ struct Pairs : Floats {
   static LUKE_INLINE Vector dot(Vector sum, Vector a, Vector b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b));
   }
+  static LUKE_INLINE Vector reciprocal(Vector x) { return _mm512_rcp14_ps(x); }  // to 2^-14
   static LUKE_INLINE void store_items(Item* to, Vector a, Vector b) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
   }

@@ -44,7 +44,7 @@ class PackedLinear:
     ) -> Tensor:
         """Return f(x W^T + b) + residual, (M, K) -> (M, N), where f is the exact GELU or nothing.
 
-        Rows may be strided; `out` (M, N) is written to where it is given.
+        Rows may be strided; `out` (M, N) is written to where it is given, or (M, n) to get the first n columns.
         """
         if x.shape[1:] != (self.in_size,):
             raise ValueError(f"x must be (M, {self.in_size}), got {tuple(x.shape)}")
@@ -57,7 +57,7 @@ class PackedLinear:
             getattr(_C.DType, DTYPE_NAMES[self.dtype]),
             x.shape[0],
             self.in_size,
-            self.out_size,
+            out.shape[1],
             (x.data_ptr(), x.stride(0)),
             self.packed.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),

@@ -20,27 +20,29 @@ def draw(rows, in_size, out_size, dtype):
     )
 
 
-def exact(x, weight, bias, residual, gelu):
+def exact(x, weight, bias, gelu):
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    return (F.gelu(y) if gelu else y) + (0 if residual is None else residual.double())
+    return F.gelu(y) if gelu else y
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_cpu(isa, dtype, size):
-    """Rounding of the sum in float32, and of the output."""
+    """Rounding of the sum in float32, and of the output; and for bfloat16 of GELU to a fifth of its rounding."""
     x, weight, bias, residual = draw(*size, dtype)
     packed = {True: PackedLinear(weight, bias), False: PackedLinear(weight, None)}
     for has_bias in (True, False):
         for gelu in (True, False):
             for added in (residual, None):
-                truth = exact(x, weight, bias if has_bias else None, added, gelu)
+                activated = exact(x, weight, bias if has_bias else None, gelu)
+                truth = activated + (0 if added is None else added.double())
                 got = packed[has_bias](x, gelu=gelu, residual=added)
                 assert got.dtype == dtype
                 eps = torch.finfo(dtype).eps
                 sums = torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().t()).max()
-                error = (got.double() - truth).abs()
-                assert (error <= eps * truth.abs() + 4 * sums + 1e-7).all(), (has_bias, gelu, added is None)
+                coarse = eps / 20 * activated.abs() if gelu and dtype == torch.bfloat16 else 0
+                bound = eps / 2 * truth.abs() + coarse + 4 * sums + 1e-7
+                assert ((got.double() - truth).abs() <= bound).all(), (has_bias, gelu, added is None)
 
 
 def test_gelu_cpu(isa):
