@@ -99,24 +99,24 @@ class PackedLayer:
         """Project as `attention.project_joint` does: (Tw + Te, slots, H, D), cut into words and entities."""
         tokens, size = hidden.shape
         has_entities = tokens > num_words
-        # Without entities nothing is asked of them.
-        queries = 2 if self.entity_aware and has_entities else 1
-        slots = hidden.new_empty(tokens, queries + 2, size)
-        rows = slots.flatten(1)
-        if queries == 2:
-            self.queries(hidden[:num_words], out=rows[:num_words, : 2 * size])
-            self.entity_queries(hidden[num_words:], out=rows[num_words:, : 2 * size])
+        if self.entity_queries is not None and has_entities:
+            slots = hidden.new_empty(tokens, 4, size)
+            queries, keys_values = slots.flatten(1).split(2 * size, dim=1)
+            self.queries(hidden[:num_words], out=queries[:num_words])
+            self.entity_queries(hidden[num_words:], out=queries[num_words:])
         else:
-            self.queries(hidden, out=rows[:, :size])
-        self.keys_values(hidden, out=rows[:, queries * size :])
+            slots = hidden.new_empty(tokens, 3, size)
+            queries, keys_values = slots.flatten(1).split([size, 2 * size], dim=1)
+            self.queries(hidden, out=queries)
+        self.keys_values(hidden, out=keys_values)
         heads = slots.unflatten(-1, (self.num_heads, -1))
         return heads[:num_words], heads[num_words:] if has_entities else None
 
 
 def _pack(dtype: torch.dtype, *linears: nn.Linear) -> PackedLinear:
     """Pack layers of the same input as one."""
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return PackedLinear(torch.cat(weights).to(dtype), torch.cat(biases).to(dtype))
+    weight = torch.cat([linear.weight.to(dtype) for linear in linears])
+    return PackedLinear(weight, torch.cat([linear.bias.to(dtype) for linear in linears]))
 
 
 def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
