@@ -60,7 +60,8 @@ def describe_device(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"cpu: {name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    sets = torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else "")
+    return f"cpu: {name}, {torch.get_num_threads()} threads, {sets}"
 
 
 def append(found: Iterable[dict[str, Any]], path: Path) -> None:
