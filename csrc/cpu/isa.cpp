@@ -22,6 +22,7 @@ struct Isa {
   const Kernels* kernels;
   const Kernels* bfloat16_kernels;
   bool runs;
+  bool splits_float32 = false;  // in linear layers: into bfloat16
 };
 
 #if defined(LUKE_X86)
@@ -51,7 +52,7 @@ const std::vector<Isa>& isas() {
         {"avx2", &kernels_avx2, &kernels_avx2, avx2},
         {"avx512", &kernels_avx512, &kernels_avx512, avx512},
         {"avx512_bf16", &kernels_avx512, &kernels_avx512_bf16, avx512_bf16},
-        {"amx", &kernels_avx512, &kernels_amx, avx512_bf16 && has_amx()},
+        {"amx", &kernels_avx512, &kernels_amx, avx512_bf16 && has_amx(), true},
     };
   }();
 #else
@@ -80,6 +81,10 @@ const Isa* chosen = best(nullptr);
 
 const Kernels& kernels(DType dtype) {
   return dtype == DType::kBFloat16 ? *chosen->bfloat16_kernels : *chosen->kernels;
+}
+
+const Kernels& linear_kernels(DType dtype) {
+  return dtype == DType::kFloat32 && chosen->splits_float32 ? *chosen->bfloat16_kernels : kernels(dtype);
 }
 
 const char* cpu_isa() { return chosen->name; }

@@ -67,9 +67,15 @@ void backward(DType dtype, const Head& head, Span keys, Span rows, Gradients gra
   });
 }
 
-// Layers in float64 are nobody's.
+// Layers in float64 are nobody's. AMX multiplies float32 too.
 template <class F>
 LUKE_INLINE auto dispatch_linear(DType dtype, const F& f) {
+#if defined(__AMX_BF16__)
+  if (dtype == DType::kFloat32) {
+    const FullTiles tiles;
+    return f(SplitTiles{}, float{});
+  }
+#endif
   return dispatch(dtype == DType::kFloat64 ? DType::kFloat32 : dtype, [&](auto product, auto scalar) {
     using In = decltype(scalar);
     if constexpr (std::is_same_v<In, double>) {

@@ -54,11 +54,11 @@ size_t linear_packed_bytes_cpu(DType dtype, int64_t in_size, int64_t out_size) {
   Linear linear{};
   linear.in_size = in_size;
   linear.out_size = out_size;
-  return kernels(dtype).linear_sizes(dtype, linear).packed_bytes;
+  return linear_kernels(dtype).linear_sizes(dtype, linear).packed_bytes;
 }
 
 void linear_pack_cpu(DType dtype, const void* weight, int64_t stride, int64_t in_size, int64_t out_size, void* packed) {
-  kernels(dtype).linear_pack(dtype, matrix(weight, stride), in_size, out_size, packed);
+  linear_kernels(dtype).linear_pack(dtype, matrix(weight, stride), in_size, out_size, packed);
 }
 
 void linear_cpu(const LinearParams& params) {
@@ -70,7 +70,7 @@ void linear_cpu(const LinearParams& params) {
                          params.in_size,
                          params.out_size,
                          params.gelu};
-  const Kernels& isa = kernels(params.dtype);
+  const Kernels& isa = linear_kernels(params.dtype);
   const LinearSizes sizes = isa.linear_sizes(params.dtype, linear);
   const int64_t blocks = sizes.row_bytes ? std::max<int64_t>(kPackedBytes / (sizes.rows * sizes.row_bytes), 1) : params.rows;
   for (int64_t begin = 0; begin < params.rows; begin += blocks * sizes.rows) {

@@ -37,23 +37,28 @@ class LinearBlock {
   using Vector = typename M::Vector;
   static constexpr int64_t kLanes = M::kLanes;
   // Of a panel's piece: half of a first cache of 32 KB; with AVX-512, whose panels are wide, two thirds of one of 48.
-  // With AMX all of it: to store sums and to load them again costs more than the second cache does.
-  static constexpr int64_t kPieceBytes = M::kTiled ? 49152 : kLanes == 16 ? 32768 : 16384;
-  static constexpr int64_t kPiece = kPieceBytes / (kPanel<M> * sizeof(Word));  // words of depth
+  // With AMX all of it, for to store sums and to load them again costs more than the second cache does; of three planes,
+  // which are read twice, half.
+  static constexpr int64_t kPieceBytes = M::kPlanes == 3 ? 24576 : M::kTiled ? 49152 : kLanes == 16 ? 32768 : 16384;
+  static constexpr int64_t kPiece = kPieceBytes / (kPanel<M> * M::kPlanes * sizeof(Word));  // words of depth
   // Of a block of rows: half of a second cache of 512 KB, or of 2 MB where there is AMX.
   static constexpr int64_t kRowBytes = (M::kTiled ? 1024 : 256) * 1024;
   static constexpr int64_t kMaxRows = M::kTiled ? 512 : 96;
+  // With AMX deep rows are cut, so that a block has many: panels of a group meet a slab of the depth, then the next.
+  static constexpr int64_t kSlabBytes = 6144;
+  static constexpr int64_t kGroup = 8;  // panels
 
  public:
   LinearBlock(const Linear& linear, Memory& memory)
       : linear_(linear),
         depth_(depth(linear.in_size)),
         stride_(row_words(linear.in_size)),
-        sums_(memory.take<float>(max_rows(linear.in_size) * kPanel<M>)) {}
+        sums_(memory.take<float>(max_rows(linear.in_size) * kPanel<M> * group(linear.in_size))) {}
 
   // Rows of a block: as many as stay in the second cache.
   static int64_t max_rows(int64_t in_size) {
-    const int64_t fit = kRowBytes / static_cast<int64_t>(sizeof(Word)) / row_words(in_size);
+    const int64_t words = M::kTiled ? slab(in_size) * M::kPlanes : row_words(in_size);
+    const int64_t fit = kRowBytes / static_cast<int64_t>(sizeof(Word)) / words;
     return larger(kRowMultiple, smaller(fit, kMaxRows) / kRowMultiple * kRowMultiple);
   }
 
@@ -63,17 +68,38 @@ class LinearBlock {
   static int64_t num_panels(int64_t out_size) { return (out_size + kPanel<M> - 1) / kPanel<M>; }
 
   // Words of a packed row.
-  static int64_t row_words(int64_t in_size) { return M::kTiled ? depth(in_size) : padded_words<M>(in_size); }
+  static int64_t row_words(int64_t in_size) {
+    return M::kTiled ? M::kPlanes * depth(in_size) : padded_words<M>(in_size);
+  }
 
   static int64_t packed_words(int64_t in_size, int64_t out_size) {
-    return num_panels(out_size) * kPanel<M> * depth(in_size);
+    return num_panels(out_size) * panel_words(in_size);
   }
 
   static void pack(const Matrix& weight, int64_t in_size, int64_t out_size, void* packed) {
     for (int64_t p = 0; p < num_panels(out_size); ++p) {
-      const int64_t count = smaller(kPanel<M>, out_size - p * kPanel<M>);
-      Word* const to = static_cast<Word*>(packed) + p * kPanel<M> * depth(in_size);
-      pack_columns<M, In>(weight, p * kPanel<M>, count, in_size, to, kPanel<M>);
+      const int64_t first = p * kPanel<M>, count = smaller(kPanel<M>, out_size - first);
+      Word* const to = static_cast<Word*>(packed) + p * panel_words(in_size);
+#if defined(__AMX_BF16__)
+      if constexpr (M::kTiled) {
+        // Piece by piece of the depth, plane by plane.
+        for (int64_t k = 0; k < depth(in_size); k += kPiece) {
+          const int64_t size = smaller(kPiece, depth(in_size) - k), words = smaller(size, in_words(in_size) - k);
+          for (int plane = 0; plane < M::kPlanes; ++plane) {
+            pack_columns_of<M>(count, words, to + (k * M::kPlanes + plane * size) * kPanel<M>, kPanel<M>,
+                               [&](int64_t i, int64_t w) {
+                                 const int64_t number = (k + w) * M::kDepth;
+                                 const In* from = row_of<In>(weight, first + i) + number;
+                                 Vector planes[M::kPlanes];
+                                 M::load_planes(from, in_size - number, planes);
+                                 return planes[plane];
+                               });
+          }
+        }
+        continue;
+      }
+#endif
+      pack_columns<M, In>(weight, first, count, in_size, to, kPanel<M>);
     }
   }
 
@@ -90,17 +116,22 @@ class LinearBlock {
     const int64_t stride = row_words(linear.in_size), count = rows.end - rows.begin, place = rows.begin - block.begin;
 #if defined(__AMX_BF16__)
     if constexpr (M::kTiled) {
-      // Piece by piece of the depth, tile by tile of rows, step by step.
-      const int64_t tiles = (block.end - block.begin + kTileRows - 1) / kTileRows;
-      for (int64_t k = 0; k < stride; k += kTileWords) {
-        const int64_t piece = k / kPiece * kPiece, size = smaller(kPiece, stride - piece);
-        const int64_t numbers = linear.in_size - k * M::kDepth;
+      // Piece by piece of the depth, tile by tile of rows, step by step, plane by plane.
+      constexpr int64_t kTile = kTileRows * kTileWords;
+      const int64_t tiles = (block.end - block.begin + kTileRows - 1) / kTileRows, words = depth(linear.in_size);
+      for (int64_t k = 0; k < words; k += kTileWords) {
+        const int64_t piece = k / kPiece * kPiece, size = smaller(kPiece, words - piece);
+        const int64_t number = k * M::kDepth;
         for (int64_t i = 0; i < count; i += kTileRows) {
-          Word* const tile = to + piece * kTileRows * tiles + (place + i) * size + (k - piece) * kTileRows;
+          const int64_t step = (piece * tiles + (place + i) / kTileRows * size + k - piece) / kTileWords;
           for (int64_t r = 0; r < kTileRows; ++r) {
             // Rows that do not exist are some that do.
-            const In* from = row_of<In>(linear.x, rows.begin + smaller(i + r, count - 1)) + k * M::kDepth;
-            store_words<M>(tile + r * kTileWords, load_words<M>(from, numbers));
+            const In* from = row_of<In>(linear.x, rows.begin + smaller(i + r, count - 1)) + number;
+            Vector planes[M::kPlanes];
+            M::load_planes(from, linear.in_size - number, planes);
+            for (int plane = 0; plane < M::kPlanes; ++plane) {
+              store_words<M>(to + (step * M::kPlanes + plane) * kTile + r * kTileWords, planes[plane]);
+            }
           }
         }
       }
@@ -119,15 +150,10 @@ class LinearBlock {
       a = reinterpret_cast<const Word*>(row_of<In>(linear_.x, rows.begin));
       a_stride = linear_.x.stride / M::kDepth;
     }
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
 #if defined(__AMX_BF16__)
-      if constexpr (M::kTiled) {
-        run_tiles(rows, p, a);
-        continue;
-      }
+    if constexpr (M::kTiled) return run_groups(rows, panels, a);
 #endif
-      run_panel(rows, p, a, a_stride);
-    }
+    for (int64_t p = panels.begin; p < panels.end; ++p) run_panel(rows, p, a, a_stride);
   }
 
  private:
@@ -141,7 +167,19 @@ class LinearBlock {
     return in_words(in_size);
   }
 
-  const Word* panel(int64_t p) const { return static_cast<const Word*>(linear_.packed) + p * kPanel<M> * depth_; }
+  // Words of a slab, a multiple of those of a piece unless it is the only one; and how many panels meet it in turn.
+  static int64_t slab(int64_t in_size) {
+    constexpr int64_t kMost = kSlabBytes / (M::kPlanes * sizeof(Word));
+    const int64_t words = depth(in_size), slabs = (words + kMost - 1) / kMost;
+    return slabs <= 1 ? words : round_up((words + slabs - 1) / slabs, kPiece);
+  }
+  static int64_t group(int64_t in_size) { return M::kTiled && slab(in_size) < depth(in_size) ? kGroup : 1; }
+
+  static int64_t panel_words(int64_t in_size) { return M::kPlanes * kPanel<M> * depth(in_size); }
+
+  const Word* panel(int64_t p) const {
+    return static_cast<const Word*>(linear_.packed) + p * panel_words(linear_.in_size);
+  }
 
   void run_panel(Span rows, int64_t p, const Word* a, int64_t a_stride) {
     const int64_t count = rows.end - rows.begin, column = p * kPanel<M>;
@@ -172,18 +210,31 @@ class LinearBlock {
 
 #if defined(__AMX_BF16__)
 
+  void run_groups(Span rows, Span panels, const Word* a) {
+    const int64_t size = group(linear_.in_size), words = slab(linear_.in_size);
+    for (int64_t g = panels.begin; g < panels.end; g += size) {
+      for (int64_t k = 0; k < depth_; k += words) {
+        for (int64_t p = g; p < smaller(g + size, panels.end); ++p) {
+          float* const sums = sums_ + (p - g) * max_rows(linear_.in_size) * kPanel<M>;
+          run_tiles(rows, p, {k, smaller(k + words, depth_)}, a, sums);
+        }
+      }
+    }
+  }
+
   // Two tiles of rows at a time. While the next two are multiplied, which takes no vector units, those are finished.
-  void run_tiles(Span rows, int64_t p, const Word* a) {
+  void run_tiles(Span rows, int64_t p, Span slab, const Word* a, float* all_sums) {
     constexpr int64_t kRowsAStep = 2;
     const int64_t count = rows.end - rows.begin, column = p * kPanel<M>;
     const int64_t columns = smaller(kPanel<M>, linear_.out_size - column);
     const int64_t tiles = (count + kTileRows - 1) / kTileRows, pairs = (tiles + 1) / 2;
     // Of the next panel, which comes from far, so many lines with every step that all are fetched meanwhile.
-    const char* next = reinterpret_cast<const char*>(panel(p + 1));
-    const int64_t lines = column + columns == linear_.out_size ? 0 : (2 * kTileWords + pairs - 1) / pairs;
+    const char* next = reinterpret_cast<const char*>(panel(p + 1) + slab.begin * kPanel<M> * M::kPlanes);
+    const int64_t panel_lines = 2 * kTileWords * M::kPlanes;  // a step
+    const int64_t lines = column + columns == linear_.out_size ? 0 : (panel_lines + pairs - 1) / pairs;
     int64_t finished = 0;
     const auto finish_up_to = [&](int64_t end) __attribute__((always_inline)) {
-      const float* const sums = sums_ + finished * kSumsLine;
+      const float* const sums = all_sums + finished * kSumsLine;
       const auto finish_block = [&](int64_t row, auto& block) __attribute__((always_inline)) {
         finish(rows.begin + row, column, columns, block, nullptr);
       };
@@ -191,19 +242,25 @@ class LinearBlock {
                        : finish_rows<1>(finished, end, sums, finish_block);
       finished = end;
     };
-    for (int64_t k = 0; k < depth_; k += kPiece) {
-      const int64_t depth = smaller(kPiece, depth_ - k);
+    for (int64_t k = slab.begin; k < slab.end; k += kPiece) {
+      const int64_t depth = smaller(kPiece, slab.end - k);
       const bool first = k == 0, last = k + depth == depth_;
-      const Word* const b = panel(p) + k * kPanel<M>;
+      const Word* const b = panel(p) + k * kPanel<M> * M::kPlanes;
       const auto multiply = [&](auto row_tiles, int64_t row) __attribute__((always_inline)) {
         constexpr int kRowTiles = decltype(row_tiles)::value;
-        float* const sums = sums_ + row * kSumsLine;
-        const Word* const from = a + k * kTileRows * tiles + row * depth;
+        float* const sums = all_sums + row * kSumsLine;
+        const Word* const from = a + (k * kTileRows * tiles + row * depth) * M::kPlanes;
+        const Word* const second = from + kTileRows * depth * M::kPlanes;
         first ? clear_sums<kRowTiles, 2>() : load_sums<kRowTiles, 2>(sums);
         for (int64_t i = 0; i < depth; i += kTileWords) {
           for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-          multiply_step<kRowTiles, 2>(from + i * kTileRows, from + (depth + i) * kTileRows, kTileWords, b + i * kPanel<M>,
-                                      kPanel<M>);
+          const int64_t place = i * kTileRows * M::kPlanes;
+          if constexpr (M::kPlanes == 3) {
+            multiply_split_step<kRowTiles, 2>(from + place, second + place, b + i * kPanel<M>, kPanel<M>,
+                                              depth * kPanel<M>);
+          } else {
+            multiply_step<kRowTiles, 2>(from + place, second + place, kTileWords, b + i * kPanel<M>, kPanel<M>);
+          }
           if (last && finished + kRowsAStep <= row) finish_up_to(finished + kRowsAStep);
         }
         store_sums_of_tiles<kRowTiles, 2>(sums);
@@ -212,7 +269,7 @@ class LinearBlock {
       for (; row + kTileRows < count; row += 2 * kTileRows) multiply(std::integral_constant<int, 2>{}, row);
       if (row < count) multiply(std::integral_constant<int, 1>{}, row);
     }
-    finish_up_to(count);
+    if (slab.end == depth_) finish_up_to(count);
   }
 
 #endif

@@ -85,25 +85,29 @@ LUKE_INLINE void transpose(typename M::Vector (&v)[M::kLanes]) {
   }
 }
 
-// Packs rows as columns of operand B: word k of row i goes to to[k * stride + i]. Fills up to a multiple of kLanes.
-template <class M, typename In>
-LUKE_INLINE void pack_columns(const Matrix& from, int64_t begin, int64_t count, int64_t numbers,
-                              typename M::Word* to, int64_t stride) {
-  const int64_t words = (numbers + M::kDepth - 1) / M::kDepth;
+// Packs `count` rows of words, load(i, w) being a vector of those of row i from w on, as columns of operand B: word k of
+// row i goes to to[k * stride + i]. Fills up to a multiple of kLanes.
+template <class M, class Load>
+LUKE_INLINE void pack_columns_of(int64_t count, int64_t words, typename M::Word* to, int64_t stride, const Load& load) {
   for (int64_t i = 0; i < count; i += M::kLanes) {
     for (int64_t w = 0; w < words; w += M::kLanes) {
       typename M::Vector v[M::kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < M::kLanes; ++j) {
-        const bool exists = i + j < count;
-        v[j] = load_words<M>(row_of<In>(from, begin + (exists ? i + j : 0)) + w * M::kDepth,
-                             exists ? numbers - w * M::kDepth : 0);
-      }
+      for (int j = 0; j < M::kLanes; ++j) v[j] = i + j < count ? load(i + j, w) : M::zero();
       transpose<M>(v);
       const int64_t columns = smaller(M::kLanes, words - w);
       for (int64_t k = 0; k < columns; ++k) store_words<M>(to + (w + k) * stride + i, v[k]);
     }
   }
+}
+
+template <class M, typename In>
+LUKE_INLINE void pack_columns(const Matrix& from, int64_t begin, int64_t count, int64_t numbers,
+                              typename M::Word* to, int64_t stride) {
+  pack_columns_of<M>(count, (numbers + M::kDepth - 1) / M::kDepth, to, stride,
+                     [&](int64_t i, int64_t w) __attribute__((always_inline)) {
+                       return load_words<M>(row_of<In>(from, begin + i) + w * M::kDepth, numbers - w * M::kDepth);
+                     });
 }
 
 // Loads a row of words of which each holds one number of kDepth rows, from row i of `count` on: the first n numbers.

@@ -12,6 +12,38 @@ struct Tiles : Pairs {
   static constexpr int kTileVectors = 2;
   static constexpr int kTileSums = 16;
   static constexpr bool kTiled = true;
+
+  static LUKE_INLINE void load_planes(const bfloat16* from, int64_t n, Vector (&planes)[kPlanes]) {
+    planes[0] = load_pairs(from, n);
+  }
+};
+
+// Numbers of float32 as sums of three bfloat16, which have its 24 bits between them: a plane of words each. Of the nine
+// products of two numbers the three below 2^-24 of the largest are left out. An infinity makes NaN.
+struct SplitTiles : Tiles {
+  static constexpr int kDegree = kFineDegree;
+  static constexpr int kPlanes = 3;
+
+  static LUKE_INLINE Vector reciprocal(Vector x) { return broadcast(1) / x; }
+
+  // Words of the first n numbers at `from`, zero beyond, plane by plane.
+  static LUKE_INLINE void load_planes(const float* from, int64_t n, Vector (&planes)[kPlanes]) {
+    Vector a = load_first(from, n), b = load_first(from + kLanes, n - kLanes);
+#pragma GCC unroll 3
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+      planes[plane] = _mm512_castsi512_ps(words);
+      // What is left.
+      a -= _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16));
+      b -= _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)), 16));
+    }
+  }
+
+ private:
+  static LUKE_INLINE Vector load_first(const float* from, int64_t n) {
+    const __mmask16 exist = n >= kLanes ? 0xFFFF : n <= 0 ? 0 : (1 << n) - 1;
+    return _mm512_maskz_loadu_ps(exist, from);
+  }
 };
 
 // While it lives, all eight tiles of this thread have 16 rows of 64 bytes.
@@ -92,6 +124,42 @@ LUKE_INLINE void multiply_step(const uint32_t* a, const uint32_t* second_a, int6
   if constexpr (kColumnTiles == 2) multiply_tiles<1, 4, 7>();
   if constexpr (kRowTiles == 2) multiply_tiles<2, 5, 6>();
   if constexpr (kRowTiles == 2 && kColumnTiles == 2) multiply_tiles<3, 5, 7>();
+}
+
+// The same of planes: those of `a` lie one tile apart, those of `b` `b_plane` words. A tile is loaded anew where it has
+// made room, so that sums may keep their four.
+template <int kRowTiles, int kColumnTiles>
+LUKE_INLINE void multiply_split_step(const uint32_t* a, const uint32_t* second_a, const uint32_t* b, int64_t b_stride,
+                                     int64_t b_plane) {
+  constexpr int64_t kBytes = sizeof(uint32_t);
+  const auto load_a = [&](int plane) __attribute__((always_inline)) {
+    load_tile<4>(a + plane * kTileRows * kTileWords, kTileWords * kBytes);
+    if constexpr (kRowTiles == 2) load_tile<5>(second_a + plane * kTileRows * kTileWords, kTileWords * kBytes);
+  };
+  const auto load_b = [&](int plane) __attribute__((always_inline)) {
+    load_tile<6>(b + plane * b_plane, b_stride * kBytes);
+    if constexpr (kColumnTiles == 2) load_tile<7>(b + plane * b_plane + kTileWords, b_stride * kBytes);
+  };
+  const auto multiply = [&]() __attribute__((always_inline)) {
+    multiply_tiles<0, 4, 6>();
+    if constexpr (kColumnTiles == 2) multiply_tiles<1, 4, 7>();
+    if constexpr (kRowTiles == 2) multiply_tiles<2, 5, 6>();
+    if constexpr (kRowTiles == 2 && kColumnTiles == 2) multiply_tiles<3, 5, 7>();
+  };
+  load_a(0);
+  load_b(2);
+  multiply();
+  load_b(1);
+  multiply();
+  load_b(0);
+  multiply();
+  load_a(1);
+  multiply();
+  load_b(1);
+  multiply();
+  load_a(2);
+  load_b(0);
+  multiply();
 }
 
 // Hands sums of rows [row, end), which lie from `sums` on, to finish(row, sums).

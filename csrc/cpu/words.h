@@ -19,6 +19,7 @@ struct Single : V {
   static constexpr int kDepth = 1;  // numbers in a word
   static constexpr int kDegree = kFineDegree;
   static constexpr bool kTiled = false;  // whether products are those of tiles.h
+  static constexpr int kPlanes = 1;      // words that hold the same numbers, as in SplitTiles
 
   static LUKE_INLINE Vector words(const Word* from) { return V::load(from); }
   static LUKE_INLINE Vector spread(const Word* from) { return V::broadcast(*from); }
@@ -45,6 +46,7 @@ struct Pairs : Floats {
   static constexpr int kDepth = 2;
   static constexpr int kDegree = kCoarseDegree;
   static constexpr bool kTiled = false;
+  static constexpr int kPlanes = 1;
 
   static LUKE_INLINE Vector words(const Word* from) { return _mm512_loadu_ps(from); }
   static LUKE_INLINE Vector spread(const Word* from) { return _mm512_castsi512_ps(_mm512_set1_epi32(*from)); }
@@ -67,6 +69,11 @@ struct Pairs : Floats {
   }
   static LUKE_INLINE void negate(Word* words, int64_t n) {
     for (int64_t i = 0; i < n; ++i) words[i] ^= 0x80008000;
+  }
+  // Words of the first n numbers of a row, zero beyond.
+  static LUKE_INLINE Vector load_pairs(const bfloat16* from, int64_t n) {
+    const __mmask32 exist = n >= 2 * kLanes ? 0xFFFFFFFF : n <= 0 ? 0 : (uint32_t{1} << n) - 1;
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(exist, from));
   }
   // Words of the numbers of two rows, of which `first` and `second` exist.
   static LUKE_INLINE Vector zip(const bfloat16* a, int64_t first, const bfloat16* b, int64_t second) {

@@ -8,7 +8,7 @@ pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
 from luke_kernels.ops.linear import DTYPES, PackedLinear
 
 # Rows, in, out: one of each, odd ones, more than a block of rows and a piece of the depth, less than a vector.
-SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96)]
+SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96), (70, 5000, 300)]
 
 
 def draw(rows, in_size, out_size, dtype):
