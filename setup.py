@@ -162,9 +162,15 @@ class NinjaBuildExt(build_ext):
 
         openmp = ["-fopenmp"] if runs(compiler, "-fopenmp") else []
         includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-        x86 = all(runs(compiler, *options) for options in ISAS.values())
-        isas = ISAS if x86 else {"portable": []}
-        defines = [*(["-DLUKE_X86"] if x86 else []), *(["-DLUKE_CUDA"] if cuda else [])]
+        isas = {isa: options for isa, options in ISAS.items() if runs(compiler, *options)}
+        # Compilers of before 2021 know all but AMX.
+        if not {*ISAS} - {"amx"} <= {*isas}:
+            isas = {"portable": []}
+        defines = [
+            *(["-DLUKE_X86"] if "avx512_bf16" in isas else []),
+            *(["-DLUKE_AMX"] if "amx" in isas else []),
+            *(["-DLUKE_CUDA"] if cuda else []),
+        ]
         flags = [*CXX_FLAGS, *openmp, *defines, *includes, *os.environ.get("CXXFLAGS", "").split()]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         link_flags = ["-shared", *openmp, *undefined, *os.environ.get("LDFLAGS", "").split()]

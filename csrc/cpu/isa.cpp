@@ -25,7 +25,7 @@ struct Isa {
   bool splits_float32 = false;  // in linear layers: into bfloat16
 };
 
-#if defined(LUKE_X86)
+#if defined(LUKE_AMX)
 
 // The system keeps the registers of AMX for processes that ask.
 bool has_amx() {
@@ -52,7 +52,11 @@ const std::vector<Isa>& isas() {
         {"avx2", &kernels_avx2, &kernels_avx2, avx2},
         {"avx512", &kernels_avx512, &kernels_avx512, avx512},
         {"avx512_bf16", &kernels_avx512, &kernels_avx512_bf16, avx512_bf16},
+#if defined(LUKE_AMX)
         {"amx", &kernels_avx512, &kernels_amx, avx512_bf16 && has_amx(), true},
+#else
+        {"amx", nullptr, nullptr, false},
+#endif
     };
   }();
 #else
