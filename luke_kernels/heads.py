@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luke_kernels.config import ACTIVATIONS, LukeConfig
-from luke_kernels.losses import linear_cross_entropy
+from luke_kernels.losses import candidate_cross_entropy, linear_cross_entropy
 from luke_kernels.model import Encoded, LukeModel, LukePreTrainedModel, ModelOutput, resized
 from luke_kernels.ops.attention import described, readable
 from luke_kernels.packing import PackedBatch, check_range
@@ -210,18 +210,19 @@ class EntityPredictions(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.decoder = nn.Linear(emb_size, config.entity_vocab_size, bias=False, device="meta")  # tied by the model
         self.bias = nn.Parameter(torch.zeros(config.entity_vocab_size))
+        self.sparse = False  # whether candidates give the table a sparse gradient
 
     def forward(self, entities: Tensor, candidates: Tensor | None = None) -> Tensor:
         """Score entities (Te, C) against all (Te, N), candidates (K,) for all, or candidates (Te, K) for each."""
         hidden = self.transformed(entities)
         if candidates is None:
             return self.decoder(hidden) + self.bias
-        table, bias = self.decoder.weight, self.bias
+        # Pads read a candidate of theirs, so that a sparse gradient has no row of another.
+        padded = candidates.where(candidates >= 0, candidates[..., :1]).clamp(min=0)
+        table, bias = F.embedding(padded, self.decoder.weight, sparse=self.sparse), self.bias[padded]
         if candidates.dim() == 1:
-            return F.linear(hidden, table[candidates], bias[candidates])
-        padded = candidates.clamp(min=0)
-        logits = torch.einsum("ed,ekd->ek", hidden, table[padded]) + bias[padded]
-        return logits.masked_fill(candidates < 0, -torch.inf)
+            return F.linear(hidden, table, bias)
+        return (torch.einsum("ed,ekd->ek", hidden, table) + bias).masked_fill(candidates < 0, -torch.inf)
 
     def transformed(self, entities: Tensor) -> Tensor:
         """Return what the decoder scores, (Te, D)."""
@@ -234,8 +235,9 @@ class LukeForMaskedLM(LukeHead):
     `score` takes labels (B, W) and entity_labels (B, E), -100 where nothing is to be predicted; or, to score few:
     positions (B, P), columns of the padded batch whose words to score, -1 pads (packed: rows (P,)), giving logits
     (B, P, V); and entity_candidates, entity ids (K,), or (B, E, K) with -1 pads (packed: (Te, K)), giving
-    entity_logits (B, E, K). Returns `MaskedLMOutput`; in training with labels the losses alone, of what has labels,
-    without the logits of whole vocabularies in memory.
+    entity_logits (B, E, K). entity_labels are ids too, which must be among the candidates where these are given: one
+    that is not makes the loss infinite. Returns `MaskedLMOutput`; in training with labels the losses alone, of what has
+    labels, without the logits of whole vocabularies in memory.
     """
 
     def __init__(self, config: LukeConfig, *, backend: str = "auto"):
@@ -259,6 +261,11 @@ class LukeForMaskedLM(LukeHead):
         self.lm_head.decoder.bias = self.lm_head.bias
         self.entity_predictions.decoder.weight = self.get_entity_embeddings().weight
 
+    def sparse_entity_gradients(self, enabled: bool = True) -> "LukeForMaskedLM":
+        """As of every model; in training entity_labels then need entity_candidates."""
+        self.entity_predictions.sparse = enabled
+        return super().sparse_entity_gradients(enabled)
+
     def _resize_outputs(self, setting: str, size: int) -> None:
         std = self.config.initializer_range
         if setting == "entity_vocab_size":
@@ -278,18 +285,13 @@ class LukeForMaskedLM(LukeHead):
         positions: Tensor | None = None,
         entity_candidates: Tensor | None = None,
     ) -> MaskedLMOutput:
-        for name, few, other, value in (
-            ("positions", positions, "labels", labels),
-            ("entity_candidates", entity_candidates, "entity_labels", entity_labels),
-        ):
-            if few is not None and value is not None:
-                raise ValueError(f"{name} must be None where {other} is given, got {described(few)}")
-        output = MaskedLMOutput()
+        for name, value in (("labels", labels), ("entity_labels", entity_labels)):
+            if positions is not None and value is not None and (self.training or name == "labels"):
+                raise ValueError(f"positions must be None where {name} is given, got {described(positions)}")
+        candidates = None if entity_candidates is None else self._candidates(encoded, entity_candidates)
         if self.training and (labels is not None or entity_labels is not None):
-            for name, few in (("positions", positions), ("entity_candidates", entity_candidates)):
-                if few is not None:
-                    raise ValueError(f"{name} must be None in training with labels, got {described(few)}")
-            return self._losses(encoded, labels, entity_labels)
+            return self._losses(encoded, labels, entity_labels, candidates)
+        output = MaskedLMOutput()
         if positions is None:
             logits = self.lm_head(encoded.words)
             if labels is not None:
@@ -298,25 +300,26 @@ class LukeForMaskedLM(LukeHead):
         else:
             output.logits = self._score_positions(encoded, positions)
         if encoded.batch.padded_entities:
-            candidates = entity_candidates
-            if candidates is not None:
-                check_range(
-                    "entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size
-                )
-                if candidates.dim() > 1:
-                    candidates = encoded.take_entities(candidates, "entity_candidates")
-                    if candidates.dim() != 2 or candidates.shape[0] != encoded.batch.num_entities:
-                        raise ValueError(
-                            "entity_candidates must be (K,), (B, E, K) or packed (Te, K), got "
-                            f"{tuple(candidates.shape)} packed"
-                        )
             entity_logits = self.entity_predictions(encoded.entities, candidates)
             if entity_labels is not None:
-                output.mep_loss = F.cross_entropy(entity_logits, encoded.take_entities(entity_labels, "entity_labels"))
+                targets = encoded.take_entities(entity_labels, "entity_labels")
+                output.mep_loss = _entity_loss(entity_logits, targets, candidates)
             output.entity_logits = encoded.as_entities(entity_logits)
         losses = [loss for loss in (output.mlm_loss, output.mep_loss) if loss is not None]
         output.loss = sum(losses[1:], losses[0]) if losses else None
         return output
+
+    def _candidates(self, encoded: Encoded, candidates: Tensor) -> Tensor:
+        """Return candidates as (K,) or (Te, K)."""
+        check_range("entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size)
+        if candidates.dim() == 1:
+            return candidates
+        candidates = encoded.take_entities(candidates, "entity_candidates")
+        if candidates.dim() != 2 or candidates.shape[0] != encoded.batch.num_entities:
+            raise ValueError(
+                f"entity_candidates must be (K,), (B, E, K) or packed (Te, K), got {tuple(candidates.shape)} packed"
+            )
+        return candidates
 
     def rows_read(
         self,
@@ -330,7 +333,9 @@ class LukeForMaskedLM(LukeHead):
         words, entities = encoded.labelled = _labelled(encoded, labels, entity_labels)
         return torch.cat([words, entities + encoded.batch.num_words])
 
-    def _losses(self, encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None) -> MaskedLMOutput:
+    def _losses(
+        self, encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None, candidates: Tensor | None
+    ) -> MaskedLMOutput:
         """Return the losses alone, of the words and entities that have labels."""
         assert encoded.labelled is not None
         words, entities = encoded.labelled
@@ -340,10 +345,19 @@ class LukeForMaskedLM(LukeHead):
             decoder, targets = self.lm_head.decoder, encoded.take_words(labels).index_select(0, words)
             output.mlm_loss = linear_cross_entropy(hidden, decoder.weight, self.lm_head.bias, targets)
         if entity_labels is not None and encoded.batch.padded_entities:
-            predictions = self.entity_predictions
-            hidden = predictions.transformed(encoded.entities.index_select(0, entities))
+            predictions, hidden = self.entity_predictions, encoded.entities.index_select(0, entities)
             targets = encoded.take_entities(entity_labels, "entity_labels").index_select(0, entities)
-            output.mep_loss = linear_cross_entropy(hidden, predictions.decoder.weight, predictions.bias, targets)
+            if candidates is not None:
+                candidates = candidates if candidates.dim() == 1 else candidates.index_select(0, entities)
+                output.mep_loss = _entity_loss(predictions(hidden, candidates), targets, candidates)
+            elif predictions.sparse:
+                raise ValueError(
+                    "entity_candidates must be given in training with entity_labels where the table of entities has a "
+                    "sparse gradient (sparse_entity_gradients), got None"
+                )
+            else:
+                hidden, table = predictions.transformed(hidden), predictions.decoder.weight
+                output.mep_loss = linear_cross_entropy(hidden, table, predictions.bias, targets)
         losses = [loss for loss in (output.mlm_loss, output.mep_loss) if loss is not None]
         output.loss = sum(losses[1:], losses[0]) if losses else None
         return output
@@ -362,6 +376,16 @@ class LukeForMaskedLM(LukeHead):
         exists = encoded.as_words(torch.ones_like(encoded.batch.word_rows, dtype=torch.bool)).gather(1, inside)
         logits = self.lm_head(words.gather(1, inside[..., None].expand(-1, -1, words.shape[-1])))
         return logits.masked_fill(((positions < 0) | ~exists)[..., None], 0)
+
+
+def _entity_loss(logits: Tensor, labels: Tensor, candidates: Tensor | None) -> Tensor:
+    if candidates is None:
+        return F.cross_entropy(logits, labels)
+    candidates = candidates.to(labels.device)
+    missing = (labels != IGNORED) & (candidates != labels[:, None]).all(dim=1)
+    if readable(missing) and missing.any():
+        raise ValueError(f"entity_labels must be among entity_candidates, got {labels[missing][0].item()}")
+    return candidate_cross_entropy(logits, candidates, labels, IGNORED)
 
 
 def _labelled(encoded: Encoded, labels: Tensor | None, entity_labels: Tensor | None) -> tuple[Tensor, Tensor]:

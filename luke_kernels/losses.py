@@ -1,4 +1,4 @@
-"""Cross-entropy over large vocabularies, without the logits of all classes in memory."""
+"""Cross-entropy over large vocabularies: without the logits of all classes in memory, or among candidates."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +36,25 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+def candidate_cross_entropy(logits: Tensor, candidates: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """Return the mean cross-entropy among candidates.
+
+    Args:
+        logits: Scores of the candidates, (R, K), -inf for none.
+        candidates: Their classes, int64 (K,) or (R, K).
+        labels: Classes, int64 (R,); a row whose label is `ignored` does not count.
+
+    Returns:
+        A scalar; infinite where a label is no candidate, NaN where all rows are ignored.
+    """
+    counts = labels != ignored
+    # A row that does not count may have no candidates: -inf throughout makes gradients of NaN.
+    wide = _wide(logits).masked_fill(~counts[:, None], 0)
+    of_label = wide.masked_fill(candidates != labels[:, None], -torch.inf).amax(dim=1)
+    losses = wide.logsumexp(dim=1) - of_label
+    return (torch.where(counts, losses, 0).sum() / counts.sum()).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

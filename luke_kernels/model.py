@@ -383,6 +383,18 @@ class LukePreTrainedModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self.encoder_model.checkpointing is not None
 
+    def sparse_entity_gradients(self: Model, enabled: bool = True) -> Model:
+        """Let the gradient of the entity table be sparse: it holds the rows that a batch reads, and no others.
+
+        For training where the table is read and not scored as a whole. `torch.optim.SparseAdam` then touches those rows
+        alone: moments of the others do not decay, none has weight decay, and AdamW takes the rest of the parameters.
+
+        Returns:
+            The model itself.
+        """
+        self.get_entity_embeddings().sparse = enabled
+        return self
+
     def optimize_for_inference(self: Model, *, dtype: torch.dtype | None = None) -> Model:
         """Pack the weights of the layers for this CPU's own kernels, and go into evaluation mode.
 

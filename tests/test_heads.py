@@ -470,8 +470,8 @@ IDS = torch.full((BATCH, WORDS), 5)
     [
         ({"positions": IDS, "labels": IDS}, "positions must be None where labels is given, got torch.int64"),
         (
-            {"entity_candidates": torch.tensor([1]), "entity_labels": IDS[:, :ENTITIES]},
-            "entity_candidates must be None where entity_labels is given, got torch.int64",
+            {"entity_candidates": torch.tensor([1, 6]), "entity_labels": IDS[:, :ENTITIES]},
+            "entity_labels must be among entity_candidates, got 5",
         ),
         ({"positions": torch.tensor([3])}, r"positions must be \(B, P\) with B = 3, got \(1,\)"),
         ({"positions": torch.zeros(2, 1).long()}, r"positions must be \(B, P\) with B = 3, got \(2, 1\)"),
@@ -948,17 +948,76 @@ def test_in_training_masked_lm_computes_the_losses_alone(which, packed):
     )
 
 
-@pytest.mark.parametrize(
-    ("few", "label"),
-    [
-        ({"entity_candidates": torch.tensor([1])}, "labels"),
-        ({"positions": torch.zeros(BATCH, 1).long()}, "entity_labels"),
-    ],
-)
-def test_in_training_masked_lm_scores_no_few_beside_its_losses(few, label):
+@pytest.mark.parametrize("label", ["labels", "entity_labels"])
+def test_in_training_masked_lm_scores_no_positions_beside_its_losses(label):
     labels = {label: torch.zeros(BATCH, WORDS if label == "labels" else ENTITIES, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=f"{next(iter(few))} must be None in training with labels, got"):
-        make(LukeForMaskedLM).train()(**padded_inputs(), **few, **labels)
+    with pytest.raises(ValueError, match=f"positions must be None where {label} is given, got"):
+        make(LukeForMaskedLM).train()(**padded_inputs(), positions=torch.zeros(BATCH, 1).long(), **labels)
+
+
+def with_candidates(of_each: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Draw candidates with the labels among them, and labels: some ignored, some of entities without candidates."""
+    inputs = padded_inputs()
+    labels = torch.randint(2, 6, (BATCH, ENTITIES))
+    labels[0, 0] = -100
+    if not of_each:
+        return {**inputs, "entity_candidates": torch.arange(2, 6)}, labels
+    candidates = torch.stack([labels, labels + 1, torch.full_like(labels, -1)], dim=2)
+    candidates[0, 0] = -1
+    return {**inputs, "entity_candidates": candidates}, labels
+
+
+@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_loss_among_candidates(training, of_each):
+    """It equals the cross-entropy of the scores of all, those of others left out; and so do its gradients."""
+    model = make(LukeForMaskedLM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train(training)
+    inputs, labels = with_candidates(of_each)
+    loss = model(**inputs, entity_labels=labels).loss
+    candidates = inputs.pop("entity_candidates")
+    allowed = torch.zeros(BATCH, ENTITIES, model.config.entity_vocab_size, dtype=torch.bool)
+    allowed.scatter_(2, candidates.expand(BATCH, ENTITIES, -1).clamp(min=0), True)
+    allowed[0, 0] = True  # some: its label is ignored
+    allowed[..., 0] &= labels == -100
+    logits = model.eval()(**inputs).entity_logits.masked_fill(~allowed, -torch.inf)
+    exist = inputs["entity_attention_mask"].bool()
+    expected = F.cross_entropy(logits[exist], labels[exist])
+    torch.testing.assert_close(loss, expected)
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("lm_head") and "pooler" not in name]
+    gradients, others = (torch.autograd.grad(each, parameters) for each in (loss, expected))
+    torch.testing.assert_close(gradients, others)
+
+
+@pytest.mark.parametrize("of_each", [False, True])
+def test_sparse_entity_gradients(of_each):
+    """They hold the rows that are read, SparseAdam changes no other, and of those they are as the dense ones."""
+    inputs, labels = with_candidates(of_each)
+    model = make(LukeForMaskedLM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, entity_vocab_size=50)
+    table = model.train().get_entity_embeddings().weight
+    model(**inputs, entity_labels=labels).loss.backward()
+    dense, table.grad = table.grad, None
+    assert model.sparse_entity_gradients() is model
+    model(**inputs, entity_labels=labels).loss.backward()
+    assert table.grad.is_sparse
+    torch.testing.assert_close(table.grad.to_dense(), dense)
+    exist = inputs["entity_attention_mask"].bool()
+    candidates = inputs["entity_candidates"]
+    read = torch.cat(
+        [inputs["entity_ids"][exist], (candidates[exist & (labels >= 0)] if of_each else candidates).flatten()]
+    )
+    read = read[read >= 0].unique()
+    assert table.grad.coalesce().indices().flatten().tolist() == read.tolist()
+    before = table.detach().clone()
+    torch.optim.SparseAdam([table]).step()
+    changed = (table != before).any(dim=1).nonzero().flatten()
+    assert changed.tolist() == [row for row in read.tolist() if dense[row].any()]
+    assert len(changed) < len(table)
+
+    with pytest.raises(ValueError, match="entity_candidates must be given in training with entity_labels where"):
+        model(**padded_inputs(), entity_labels=labels)
+    table.grad = None
+    model.sparse_entity_gradients(False)(**padded_inputs(), entity_labels=labels).loss.backward()
+    assert not table.grad.is_sparse
 
 
 def test_in_training_masked_lm_without_labels_gives_logits():

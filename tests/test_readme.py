@@ -58,7 +58,7 @@ def test_model():
 
 
 def test_training():
-    namespace = run_examples("docs/training.md", 1)
+    namespace = run_examples("docs/training.md", 2)
     assert namespace["labels"].shape == (6,)
     assert namespace["loss"].isfinite()
 
