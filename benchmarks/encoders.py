@@ -84,7 +84,7 @@ class Contender:
 
 
 class Optimized(Contender):
-    """Ours, its weights packed for this CPU: a model of its own, though of the same weights."""
+    """Ours, its weights packed for this CPU or its layers in CUDA graphs: a model of its own, of the same weights."""
 
     directions = ("forward",)
 
@@ -134,7 +134,7 @@ def contenders(model: nn.Module, batch: Batch, douts: Sequence[Tensor]) -> list[
     ]
     # Older revisions, which are compared with, lack it.
     can = hasattr(LukeModel, "optimize_for_inference")
-    if can and words.device.type == "cpu" and words.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if can and (words.is_cuda or words.dtype in (torch.float32, torch.bfloat16, torch.float16)):
         chosen.append(Optimized(OPTIMIZED, _ours(model), {"input_ids": batch.packed}, douts))
     return chosen
 

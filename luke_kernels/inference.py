@@ -50,6 +50,10 @@ class PackedLayers:
         """A copy of a model, or one that was pickled, has other weights and is not optimized."""
         return type(None), ()
 
+    def choose(self, num_layers: int | None, one_by_one: bool) -> list["PackedLayer"]:
+        """Return what runs the first layers in turn, each as a `model.Layer` is called."""
+        return self.layers[:num_layers]
+
     def check(self) -> None:
         """Refuse weights that are no longer those that were packed."""
         for parameter, state in self._seen:

@@ -24,6 +24,7 @@ from luke_kernels.packing import PackedBatch, check_range
 from luke_kernels.sources import Source
 
 if TYPE_CHECKING:
+    from luke_kernels.graphs import GraphedLayers
     from luke_kernels.inference import PackedLayers
 
 Model = TypeVar("Model", bound="LukePreTrainedModel")
@@ -396,41 +397,50 @@ class LukePreTrainedModel(nn.Module):
         return self
 
     def optimize_for_inference(self: Model, *, dtype: torch.dtype | None = None) -> Model:
-        """Pack the weights of the layers for this CPU's own kernels, and go into evaluation mode.
+        """Make calls without gradients fast, and go into evaluation mode.
 
-        Calls without gradients then run on them: products with bias, GELU and residual in one pass. Other calls, and
-        those with `output_attentions`, run as before. The model keeps its weights, so that it can be saved, trained and
-        restored; the packed ones take as much memory again.
+        On a CPU they then run on packed weights by this CPU's own kernels: products with bias, GELU and residual in one
+        pass. On a GPU those of few tokens run as CUDA graphs. Other calls, and those with `output_attentions`, run as
+        before. The model keeps its weights, so that it can be saved, trained and restored; packed ones take as much
+        memory again.
 
         Args:
-            dtype: What the layers compute in, float32, bfloat16 or float16; None: the dtype of the weights. A CPU
-                without units for bfloat16 or float16 computes in float32, and rounds.
+            dtype: What the layers compute in on a CPU, float32, bfloat16 or float16; None: the dtype of the weights. A
+                CPU without units for bfloat16 or float16 computes in float32, and rounds.
 
         Returns:
-            The model itself. `restore_from_inference` undoes it; new weights make its calls fail until it is optimized
-            again.
+            The model itself. `restore_from_inference` undoes it; on a CPU new weights, on a GPU weights in new memory
+            make its calls fail until it is optimized again.
 
         Raises:
-            ValueError, TypeError: the model is not on the CPU or of another dtype, or a layer has a part that is not a
-                plain module (hooks, adapters, quantised weights).
+            ValueError, TypeError: the model is of another dtype, or on another device; a layer has a part that is not a
+                plain module (hooks, adapters, quantised weights); or `dtype` is given on a GPU.
             NotImplementedError: there are no kernels that beat PyTorch's here.
         """
         _check_dtype(dtype)
+        encoder = self.encoder_model
+        if self.device.type == "cuda":
+            if dtype not in (None, self.dtype):
+                raise ValueError(f"dtype must be None or that of the weights, {self.dtype}, on a GPU, got {dtype}")
+            from luke_kernels.graphs import GraphedLayers
+
+            encoder.optimized = GraphedLayers(encoder.layers)
+            return self.eval()
         if (reason := cpu_kernels_missing()) is not None:
             raise NotImplementedError(f"optimize_for_inference must run on kernels for this CPU, got: {reason}")
         from luke_kernels.inference import PackedLayers
 
-        self.encoder_model.packed = PackedLayers(self.encoder_model.layers, dtype)
+        encoder.optimized = PackedLayers(encoder.layers, dtype)
         return self.eval()
 
     def restore_from_inference(self: Model) -> Model:
         """Undo `optimize_for_inference`; the model stays in evaluation mode."""
-        self.encoder_model.packed = None
+        self.encoder_model.optimized = None
         return self
 
     @property
     def is_optimized_for_inference(self) -> bool:
-        return self.encoder_model.packed is not None
+        return self.encoder_model.optimized is not None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder_model.embeddings.word_embeddings
@@ -520,7 +530,7 @@ class LukeModel(LukePreTrainedModel):
         dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler = nn.ModuleDict({"dense": dense}) if add_pooling_layer else None
         self.checkpointing: dict[str, Any] | None = None
-        self.packed: Any = None  # PackedLayers, where the model is optimized for inference
+        self.optimized: Any = None  # PackedLayers or GraphedLayers, where the model is optimized for inference
         self.init_weights()
 
     @property
@@ -641,8 +651,10 @@ class LukeModel(LukePreTrainedModel):
             return torch.cat([encoded.take_words(words), encoded.take_entities(entities)])
 
         hidden = keep(hidden)
-        packed = None if output_attentions else self._packed_layers(hidden)
-        layers: list[Any] = (self.layers if packed is None else packed.layers)[:num_layers]
+        optimized = None if output_attentions else self._optimized_layers(hidden)
+        layers: list[Any] = self.layers[:num_layers]
+        if optimized is not None:
+            layers = optimized.choose(num_layers, one_by_one=output_hidden_states)
         for number, layer in enumerate(layers, 1):
             rows = rows_to_compute if number == len(layers) else None
             if output_attentions:
@@ -670,13 +682,15 @@ class LukeModel(LukePreTrainedModel):
                 encoded.entity_hidden_states = tuple(entities for _, entities in states)
         return encoded
 
-    def _packed_layers(self, hidden: Tensor) -> "PackedLayers | None":
-        """Return the packed layers where they give what the layers would."""
-        packed = self.packed
-        if packed is None or self.training or hidden.requires_grad or torch.is_autocast_enabled("cpu"):
+    def _optimized_layers(self, hidden: Tensor) -> "PackedLayers | GraphedLayers | None":
+        """Return the optimized layers where they give what the layers would."""
+        optimized = self.optimized
+        if optimized is None or self.training or hidden.requires_grad or torch.compiler.is_compiling():
             return None
-        packed.check()
-        return packed
+        if torch.is_autocast_enabled(hidden.device.type):
+            return None
+        optimized.check()
+        return optimized
 
     def _check(self, batch: PackedBatch) -> None:
         config = self.config

@@ -43,7 +43,7 @@ WARM_UP = 0.2
 MAX_GROWTH = 0.05
 START_S = 300
 # Left alone for no less, so that a short trial has something to show.
-LEAST_S = 30
+LEAST_S = 30.0
 
 
 def articles(folder: Path) -> Iterator[tuple[str, str]]:
@@ -66,15 +66,15 @@ def write_texts(path: Path, folder: Path) -> int:
     return number
 
 
-def write_model(folder: Path) -> None:
-    """Save a small model of random weights, and the tokenizer that the package ships."""
+def write_model(folder: Path, layers: int) -> None:
+    """Save a narrow model of random weights, and the tokenizer that the package ships."""
     tokenizer = LukeTokenizer.from_pretrained(BUNDLED)
     torch.manual_seed(0)
     config = LukeConfig(
         vocab_size=len(tokenizer),
         entity_vocab_size=len(tokenizer.entity_vocab),
         hidden_size=HIDDEN_SIZE,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=HIDDEN_SIZE // 64,
         intermediate_size=4 * HIDDEN_SIZE,
         max_position_embeddings=MAX_WORDS + 2,
@@ -181,11 +181,11 @@ def growth(rss_bytes: list[int]) -> float:
     return slope * len(samples) / middle
 
 
-def soak(data: Path, work: Path, minutes: float, kills: int, seed: int) -> bool:
+def soak(data: Path, work: Path, minutes: float, kills: int, seed: int, layers: int) -> bool:
     """Run it all in a folder; return whether memory was flat. What is wrong with the output is raised."""
     texts, vectors, model, log = work / "texts.jsonl", work / "vectors", work / "model", work / "log"
     total = write_texts(texts, data)
-    write_model(model)
+    write_model(model, layers)
     print(f"{total} articles; {shutil.disk_usage(work).free / 1e9:.0f} GB free in {work}", flush=True)
     chance, began = random.Random(seed), time.monotonic()
     for number in range(kills):
@@ -199,10 +199,15 @@ def soak(data: Path, work: Path, minutes: float, kills: int, seed: int) -> bool:
         after = time.monotonic() - began
         print(f"{after:5.0f} s: ended by {SIGNALS[number % 2].name} after {check(vectors)} texts", flush=True)
     with Run(texts, vectors, model, log) as run:
-        if run.start() and run.watch(max(minutes * 60 - (time.monotonic() - began), LEAST_S)):
+        if run.start() and run.watch(max(minutes * 60 - (time.monotonic() - began), 2 * LEAST_S)):
             run.end(signal.SIGINT)
         elif run.process.returncode:
             raise RuntimeError(f"the exit code must be 0 at the end, got {run.process.returncode}; see {log}")
+    if len(run.rss_bytes) * SAMPLE_S < LEAST_S:
+        raise RuntimeError(
+            f"the last process must run {LEAST_S} s for its memory to be judged, got {len(run.rss_bytes)} samples: "
+            "give more --layers"
+        )
     encoded = check(vectors)
     size = sum(path.stat().st_size for path in shards_of(vectors))
     if not run.process.returncode and encoded != total:
@@ -216,6 +221,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=24, help="of the model; more where the articles end too soon")
     parser.add_argument("--folder", type=Path, help="where up to 5 GB are written, and removed; else /tmp")
     options = parser.parse_args()
     data = Path(os.environ.get("LUKE_KERNELS_DATA", ""))
@@ -224,7 +230,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="soak-") as work:
         if (free := shutil.disk_usage(work).free) < FREE_BYTES:
             parser.error(f"folder must have {FREE_BYTES / 1e9:.0f} GB free, got {free / 1e9:.1f}")
-        return 0 if soak(data, Path(work), options.minutes, options.kills, options.seed) else 1
+        return 0 if soak(data, Path(work), options.minutes, options.kills, options.seed, options.layers) else 1
 
 
 if __name__ == "__main__":

@@ -20,8 +20,16 @@ from luke_cases import (
     words_of,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from luke_kernels import LukeConfig, LukeModel, PackedBatch
+from luke_kernels import (
+    LukeConfig,
+    LukeForEntityClassification,
+    LukeForMaskedLM,
+    LukeForTokenClassification,
+    LukeModel,
+    PackedBatch,
+)
 
 # What comes out
 
@@ -678,6 +686,23 @@ def test_compiles(kind, grad):
         if grad:
             weight = model.get_input_embeddings().weight
             torch.testing.assert_close(*(torch.autograd.grad(o[0].sin().sum(), weight) for o in (results, expected)))
+
+
+@pytest.mark.parametrize("cls", [LukeModel, LukeForEntityClassification, LukeForMaskedLM, LukeForTokenClassification])
+def test_packed_batches_compile_whole_and_once(cls):
+    """Whatever their lengths, and the number of sequences, from the second batch on."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = build(cls, num_labels=4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for words, entities in (([5, 7], [2, 3]), ([9, 4, 3], [1, 6, 2]), ([30, 20, 5, 6], [4, 9, 2, 2])):
+        lengths = zip(words, entities, strict=True)
+        rows = [{"input_ids": [5] * w, "entity_ids": [3] * e, "entity_position_ids": [[0, 1]] * e} for w, e in lengths]
+        batch = PackedBatch.from_encodings(rows, pad_token_id=1)
+        with torch.no_grad():
+            for a, b in zip(compiled(batch).to_tuple(), model(batch).to_tuple(), strict=True):
+                torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
 
 
 def test_positions_counted_from_another_pad_are_refused():

@@ -109,3 +109,38 @@ def test_encoded_texts():
     for a, b in zip(encode(model.to("cuda"), tokenizer, texts, spans), expected, strict=True):
         torch.testing.assert_close(a.words, b.words, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(a.entities, b.entities, rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_give_the_numbers_of_the_plain_model():
+    """Of many lengths by few graphs; new weights are read, weights in new memory refused."""
+    model = build(LukeModel, backend="triton", dtype=torch.float32, **SIZES).to("cuda")
+    batches = [
+        PackedBatch.from_padded(**padded_inputs(padding), pad_token_id=1).to("cuda") for padding in ("right", "holes")
+    ]
+    with torch.no_grad():
+        plain = [model(batch).to_tuple() for batch in batches]
+        model.optimize_for_inference()
+        for _ in range(2):
+            for batch, expected in zip(batches, plain, strict=True):
+                for a, b in zip(model(batch).to_tuple(), expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert len(model.optimized._graphs) == 1
+        model.encoder["layer"][0].output.dense.weight.mul_(2)
+        doubled = model(batches[0])[0]
+        torch.testing.assert_close(doubled, model.restore_from_inference()(batches[0])[0], rtol=1e-5, atol=1e-5)
+        model.optimize_for_inference().double()
+        with pytest.raises(RuntimeError, match="call optimize_for_inference again"):
+            model(batches[0])
+
+
+def test_graphs_wait_for_nothing():
+    model = build(LukeForEntitySpanClassification, backend="triton", dtype=torch.bfloat16, **SIZES).to("cuda")
+    batch = batch_on_the_cpu().to("cuda")
+    with torch.no_grad():
+        model.optimize_for_inference()(batch)  # captures
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
