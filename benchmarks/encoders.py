@@ -4,6 +4,7 @@
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ ACCELERATED = "accelerated"
 OURS = "luke_kernels"
 PACKED = "luke_kernels-packed"
 OPTIMIZED = "luke_kernels-optimized"
+INT8 = "luke_kernels-int8"
 SEED = 0
 
 SIZES = {
@@ -60,7 +62,8 @@ class Contender:
     inputs: dict[str, Any]
     douts: Sequence[Tensor]
     directions: ClassVar[Sequence[str]] = DIRECTIONS
-    slack: ClassVar[int] = 1  # how many times the bound of the gate its error may be
+    # How many times the bound of the gate its error may be; None: it is not bounded, and told.
+    slack: ClassVar[int | None] = 1
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -90,6 +93,15 @@ class Optimized(Contender):
 
     def prepare(self, direction: str) -> None:
         self.model.optimize_for_inference()
+
+
+class Int8(Optimized):
+    """The same, its weights rounded to 8 bits: not exact, and so judged by no bound."""
+
+    slack = None
+
+    def prepare(self, direction: str) -> None:
+        self.model.optimize_for_inference(weight_dtype=torch.int8)
 
 
 def draw_model(config: LukeConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -136,6 +148,9 @@ def contenders(model: nn.Module, batch: Batch, douts: Sequence[Tensor]) -> list[
     can = hasattr(LukeModel, "optimize_for_inference")
     if can and (words.is_cuda or words.dtype in (torch.float32, torch.bfloat16, torch.float16)):
         chosen.append(Optimized(OPTIMIZED, _ours(model), {"input_ids": batch.packed}, douts))
+    can = can and "weight_dtype" in inspect.signature(LukeModel.optimize_for_inference).parameters
+    if can and words.device.type == "cpu" and words.dtype in (torch.float32, torch.bfloat16):
+        chosen.append(Int8(INT8, _ours(model), {"input_ids": batch.packed}, douts))
     return chosen
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import energy, timing
 
 Record = dict[str, Any]
 _FMA = "multiply and add"
@@ -70,6 +70,7 @@ def compete(
         rows[name]["tflops"] = flops / rows[name]["median_ms"] / 1e9
         rows[name]["fma_peak_tflops"] = fma_peak_tflops
         rows[name]["fraction_of_peak"] = rows[name]["tflops"] / (fma_peak_tflops or peak_tflops)
+        rows[name]["joules"] = energy.joules(calls[name]) if device.type == "cpu" else None
     return list(rows.values())
 
 

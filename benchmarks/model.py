@@ -54,12 +54,12 @@ class Gate:
             errors = self.errors(contender, direction)
         # NaN is beyond every bound.
         slack = contender.slack
-        beyond = [name for name, error in errors.items() if not error <= slack * self.bound[name]]
+        beyond = [name for name, error in errors.items() if slack and not error <= slack * self.bound[name]]
         gradients = [name for name in errors if name not in STATES]
         gradients.sort(key=lambda name: (name in beyond, errors[name] / max(self.bound[name], SMALLEST)))
         told = [*STATES, *gradients[-1:]]
         return {
-            "gate": "wrong" if beyond else "pass",
+            "gate": "none" if slack is None else "wrong" if beyond else "pass",
             "message": f"beyond its bound: {', '.join(beyond)}"[:500] if beyond else None,
             "error": measure.without_nan({name: errors[name] for name in told}),
             "eager_error": {name: self.eager_error[name] for name in told},

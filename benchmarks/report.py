@@ -70,8 +70,8 @@ def render(found: Iterable[Record], out: Path, baseline: str | None = None) -> l
                     )
                 if name != "attention":
                     of_records = [record for row in part.values() for record in row.values()]
-                    for field, title, cell in _FIGURES:
-                        if any(record[field] is not None for record in of_records):
+                    for title, cell in _FIGURES:
+                        if any(cell(record, None) for record in of_records):
                             sections.append(f"{title}:\n\n{table(part, against, cell)}\n")
                     sections += _notes(part)
             sections.append(_sources(rows.values()))
@@ -120,6 +120,7 @@ _README_CONTENDERS = {
     "luke_kernels": None,
     "luke_kernels-packed": None,
     "luke_kernels-optimized": "`luke_kernels-optimized`: packed, and its weights packed for this CPU before. ",
+    "luke_kernels-int8": "`luke_kernels-int8`: the same in 8 bits, which is not exact. ",
 }
 _README_CORPORA = {
     "conll-spans-": "; `conll-spans-N`: sentences with all spans of up to 16 words",
@@ -220,11 +221,24 @@ def fraction(record: Record | None, baseline: Record | None) -> str:
     return f"{record['fraction_of_peak']:.0%}"
 
 
-# A field that a record must have, and what is told of it on the pages of models.
+def errors(record: Record | None, baseline: Record | None) -> str:
+    """Return the largest error of a state of words or entities."""
+    found = {} if record is None else record["error"] or {}
+    return f"{max(found['words'], found['entities']):.1e}" if {"words", "entities"} <= found.keys() else ""
+
+
+def joules(record: Record | None, baseline: Record | None) -> str:
+    """Return the energy of a call."""
+    return "" if record is None or record["joules"] is None else f"{record['joules']:.3g}"
+
+
+# What else is told of records, where one has it, on the pages of models.
 _FIGURES = (
-    ("tokens_per_s", "Sequences a second; tokens that exist, words and entities, a second", rates),
-    ("fraction_of_peak", "Share of the peak that was measured in the same run (FMA on a CPU, else matmul)", fraction),
-    ("peak_memory_bytes", "Peak memory of a call, MiB", memory),
+    ("Sequences a second; tokens that exist, words and entities, a second", rates),
+    ("Share of the peak that was measured in the same run (FMA on a CPU, else matmul)", fraction),
+    ("Peak memory of a call, MiB", memory),
+    ("Energy of a call, joules of the CPU's packages", joules),
+    ("Largest error of a state beside float64", errors),
 )
 
 

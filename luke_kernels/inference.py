@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from luke_kernels.attention import is_plain
 from luke_kernels.ops.attention import attend_joint
 from luke_kernels.ops.layout import Layout
-from luke_kernels.ops.linear import DTYPES, PackedLinear
+from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear
 
 
 class PackedLayers:
@@ -19,13 +19,22 @@ class PackedLayers:
     Args:
         layers: `model.Layer`s on the CPU.
         dtype: What the layers compute in; None: the dtype of their weights.
+        weight_dtype: torch.int8 to round weights, and the rows they are multiplied by, to 8 bits; None: `dtype`.
 
     Raises:
-        ValueError, TypeError: a layer is not on the CPU, in another dtype than float32, bfloat16 and float16, or has a
-            part that is not the plain module it was.
+        ValueError, TypeError: a layer is not on the CPU, in another dtype than float32, bfloat16 and float16 (to be
+            rounded, float16 too), or has a part that is not the plain module it was.
+        NotImplementedError: torch cannot multiply int8 here.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ):
+        if weight_dtype not in (None, torch.int8):
+            raise ValueError(f"weight_dtype must be torch.int8 or None, got {weight_dtype}")
         plain = [
             (f"layer.{number}.{name}", module)
             for number, layer in enumerate(layers)
@@ -44,7 +53,8 @@ class PackedLayers:
         if self.dtype not in DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16 for inference, got {self.dtype}")
         self._seen = [(parameter, _state(parameter)) for parameter in parameters]
-        self.layers = [PackedLayer(layer, self.dtype) for layer in layers]
+        linear = PackedLinear if weight_dtype is None else Int8Linear
+        self.layers = [PackedLayer(layer, self.dtype, linear) for layer in layers]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of a model, or one that was pickled, has other weights and is not optimized."""
@@ -72,19 +82,24 @@ def _state(parameter: Tensor) -> tuple[int, int]:
 class PackedLayer:
     """One layer, (Tw + Te, C) -> the same, or (R, C)."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype):
+    def __init__(self, layer: Any, dtype: torch.dtype, linear: type[PackedLinear] | type[Int8Linear]):
+        def pack(*linears: nn.Linear) -> PackedLinear | Int8Linear:
+            """Pack layers of the same input as one."""
+            weight = torch.cat([each.weight.to(dtype) for each in linears])
+            return linear(weight, torch.cat([each.bias.to(dtype) for each in linears]))
+
         attention = layer.attention["self"]
         self.num_heads, self.backend = attention.num_heads, attention.backend
         self.activation = layer.activation
         self.entity_aware = attention.entity_aware
         # Side by side as they lie in a token's slots.
-        self.queries = _pack(dtype, attention.query, *([attention.w2e_query] if self.entity_aware else []))
-        self.entity_queries = _pack(dtype, attention.e2w_query, attention.e2e_query) if self.entity_aware else None
-        self.keys_values = _pack(dtype, attention.key, attention.value)
-        self.attention_output = _pack(dtype, layer.attention["output"].dense)
+        self.queries = pack(attention.query, *([attention.w2e_query] if self.entity_aware else []))
+        self.entity_queries = pack(attention.e2w_query, attention.e2e_query) if self.entity_aware else None
+        self.keys_values = pack(attention.key, attention.value)
+        self.attention_output = pack(layer.attention["output"].dense)
         self.attention_norm = _norm(layer.attention["output"].LayerNorm, dtype)
-        self.intermediate = _pack(dtype, layer.intermediate["dense"])
-        self.output = _pack(dtype, layer.output.dense)
+        self.intermediate = pack(layer.intermediate["dense"])
+        self.output = pack(layer.output.dense)
         self.output_norm = _norm(layer.output.LayerNorm, dtype)
 
     def __call__(self, hidden: Tensor, num_words: int, layout: Layout, rows: Tensor | None = None) -> Tensor:
@@ -115,12 +130,6 @@ class PackedLayer:
         self.keys_values(hidden, out=keys_values)
         heads = slots.unflatten(-1, (self.num_heads, -1))
         return heads[:num_words], heads[num_words:] if has_entities else None
-
-
-def _pack(dtype: torch.dtype, *linears: nn.Linear) -> PackedLinear:
-    """Pack layers of the same input as one."""
-    weight = torch.cat([linear.weight.to(dtype) for linear in linears])
-    return PackedLinear(weight, torch.cat([linear.bias.to(dtype) for linear in linears]))
 
 
 def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor, float]:

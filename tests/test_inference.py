@@ -48,6 +48,29 @@ def test_bfloat16_within_twice_the_error_of_the_plain_model():
         assert (got - truth).abs().max() <= 2 * (theirs - truth).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_is_near_the_plain_model(dtype):
+    model, inputs = build(LukeModel, dtype=torch.float32), padded_inputs()
+    plain = states(model, inputs)
+    for got, expected in zip(
+        states(model.optimize_for_inference(dtype=dtype, weight_dtype=torch.int8), inputs), plain, strict=True
+    ):
+        error = ((got - expected).norm() / expected.norm()).item()
+        assert 1e-4 < error < 0.05
+    assert all(map(torch.equal, states(model.restore_from_inference(), inputs), plain))
+
+
+def test_other_dtypes_of_weights_are_refused():
+    model = build(LukeModel, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"weight_dtype must be torch\.int8 or None, got torch\.int4"):
+        model.optimize_for_inference(weight_dtype=torch.int4)
+    with pytest.raises(
+        TypeError, match=r"weight must be float32 or bfloat16 to be rounded to int8, got torch\.float16"
+    ):
+        model.optimize_for_inference(dtype=torch.float16, weight_dtype=torch.int8)
+    assert not model.is_optimized_for_inference
+
+
 def test_hidden_states_are_those_of_the_plain_model():
     model, inputs = build(LukeModel, dtype=torch.float32), padded_inputs()
     with torch.no_grad():

@@ -1,11 +1,17 @@
-"""Linear layers in inference on the CPU, by the C++ core: weights packed once; bias, GELU and residual in one pass."""
+"""Linear layers in inference on the CPU, their weights packed once.
+
+`PackedLinear` runs in the C++ core: bias, GELU and residual in one pass. `Int8Linear` rounds to 8 bits, by oneDNN.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luke_kernels import _C
 from luke_kernels.ops.backends.parameters import DTYPE_NAMES
 
+# Of a scale: rows may be zero.
+SMALLEST = 1e-30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,10 +52,7 @@ class PackedLinear:
 
         Rows may be strided; `out` (M, N) is written to where it is given, or (M, n) to get the first n columns.
         """
-        if x.shape[1:] != (self.in_size,):
-            raise ValueError(f"x must be (M, {self.in_size}), got {tuple(x.shape)}")
-        if x.dtype != self.dtype:
-            raise TypeError(f"x must have the dtype of the packed weights, {self.dtype}, got {x.dtype}")
+        _check(self, x, out)
         if out is None:
             out = x.new_empty(x.shape[0], self.out_size)
         x, residual = _rows(x), None if residual is None else _rows(residual)
@@ -67,6 +70,82 @@ class PackedLinear:
             torch.get_num_threads(),
         )
         return out
+
+
+class Int8Linear:
+    """Weights in int8, a scale for each output, and rows in 8 bits, a scale and a zero for each, found in each call.
+
+        W = s_n w,   x = t_m (q - z_m),   x W^T = s_n t_m (q w^T - z_m sum_k w)
+
+    Products by oneDNN, whose sums are int32. One scale for all rows would lose most of them: a model's first words
+    have far larger numbers than others.
+
+    Args:
+        weight: (N, K), float32 or bfloat16.
+        bias: (N,), or None.
+
+    Raises:
+        TypeError: the weights are of another dtype.
+        NotImplementedError: torch was built without oneDNN's int8 products.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"weight must be float32 or bfloat16 to be rounded to int8, got {weight.dtype}")
+        if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+            raise NotImplementedError("weights must be rounded for oneDNN, got a torch without its int8 products")
+        self.out_size, self.in_size = weight.shape
+        self.dtype = weight.dtype
+        weight = weight.detach().float()
+        self.scales = weight.abs().amax(dim=1).div_(127).clamp_(min=SMALLEST)
+        self.zeros = torch.zeros(self.out_size, dtype=torch.int32)
+        rounded = (weight / self.scales[:, None]).round_()
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
+        sums = rounded.sum(dim=1) * self.scales
+        self.sums_bias = torch.stack([sums, torch.zeros_like(sums) if bias is None else bias.detach().float()])
+
+    def __call__(
+        self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """As of `PackedLinear`."""
+        _check(self, x, out)
+        if len(x):
+            q, scales, zeros = _quantize(x)
+            y = torch.ops.onednn.qlinear_pointwise(
+                *(q, 1.0, 0, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], "none")
+            )
+            y.mul_(scales[:, None]).addmm_(
+                torch.stack([-scales * zeros, torch.ones_like(scales)], dim=1), self.sums_bias
+            )
+        else:
+            y = torch.empty(0, self.out_size)
+        if gelu:
+            y = F.gelu(y)
+        if residual is not None:
+            y += residual
+        return y.to(self.dtype) if out is None else out.copy_(y[:, : out.shape[1]])
+
+
+def _check(linear: PackedLinear | Int8Linear, x: Tensor, out: Tensor | None) -> None:
+    if x.shape[1:] != (linear.in_size,):
+        raise ValueError(f"x must be (M, {linear.in_size}), got {tuple(x.shape)}")
+    if x.dtype != linear.dtype:
+        raise TypeError(f"x must have the dtype of the packed weights, {linear.dtype}, got {x.dtype}")
+    if out is not None and (out.shape[0] != x.shape[0] or out.shape[1] > linear.out_size):
+        raise ValueError(f"out must be ({x.shape[0]}, at most {linear.out_size}), got {tuple(out.shape)}")
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows in uint8, their scales and their zeros (M,): x = scale (q - zero)."""
+    # Without VNNI pairs of products are summed in 16 bits.
+    levels = 255 if torch.cpu._is_vnni_supported() else 127
+    x = x.float()
+    low, high = torch.aminmax(x, dim=1)
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    scales = ((high - low) / levels).clamp_(min=SMALLEST)
+    # Rounded down, so that none comes to more than 255; and with a half more, to cut off what follows the point rounds.
+    zeros = (low / scales).neg_().floor_()
+    return torch.addcmul((zeros + 0.5)[:, None], x, (1 / scales)[:, None]).to(torch.uint8), scales, zeros
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_missing_packages_are_told(monkeypatch, capsys, tmp_path, graphs_only):
     printed = capsys.readouterr().out
     assert "onnxruntime: left out, onnxscript not installed" in printed
     assert "openvino: left out, openvino not installed" in printed
-    ours = [encoders.ACCELERATED, encoders.OURS, encoders.PACKED, encoders.OPTIMIZED]
+    ours = [encoders.ACCELERATED, encoders.OURS, encoders.PACKED, encoders.OPTIMIZED, encoders.INT8]
     assert [r["contender"] for r in records.load([out])] == [encoders.TRANSFORMERS, peers.COMPILED, *ours]
     with pytest.raises(console.CommandError, match="openvino must have its packages, openvino are not installed"):
         __main__.model(**options, contender=["openvino"], out=out)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
-from luke_kernels.ops.linear import DTYPES, PackedLinear
+from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear
 
 # Rows, in, out: one of each, odd ones, more than a block of rows and a piece of the depth, less than a vector.
 SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96), (70, 5000, 300)]
@@ -92,3 +92,65 @@ def test_other_dtype_cpu():
 def test_other_size_cpu():
     with pytest.raises(ValueError, match=r"x must be \(M, 4\), got \(2, 5\)"):
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"out must be \(2, at most 3\), got \(2, 4\)"):
+        PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 4), out=torch.empty(2, 4))
+
+
+# Eight bits
+
+
+def step(low, high, levels):
+    """Return what an eighth bit is worth, of numbers from low to high and 0."""
+    return (high.clamp(min=0) - low.clamp(max=0)) / levels
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("size", [(1, 1, 1), (13, 33, 17), (97, 130, 70), (31, 3072, 96)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_of_int8_cpu(monkeypatch, dtype, size, vnni):
+    """Half a step of each weight and of each number in a row, of rows of many sizes, and what it is then rounded to."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    x, weight, bias, residual = draw(*size, dtype)
+    x *= torch.logspace(-3, 3, len(x))[:, None].to(dtype)
+    x[::5] = x[::5].abs()
+    w, rows = weight.double(), x.double()
+    w_step = w.abs().amax(dim=1) / 127
+    x_step = step(rows.amin(dim=1), rows.amax(dim=1), 255 if vnni else 127)
+    bound = rows.abs().sum(dim=1)[:, None] * w_step / 2 + x_step[:, None] / 2 * (
+        w.abs().sum(dim=1) + size[1] * w_step / 2
+    )
+    # The zero is taken out of sums in float32.
+    bound += 1e-6 * 255 * x_step[:, None] * w.abs().sum(dim=1) + 1e-6
+    for has_bias in (True, False):
+        for gelu in (True, False):
+            got = Int8Linear(weight, bias if has_bias else None)(x, gelu=gelu, residual=residual)
+            truth = exact(x, weight, bias if has_bias else None, gelu) + residual.double()
+            assert got.dtype == dtype
+            # GELU rises by 1.13 at most.
+            assert ((got.double() - truth).abs() <= 1.13 * bound + torch.finfo(dtype).eps * truth.abs()).all()
+
+
+def test_int8_of_rows_of_zeros_and_of_none_cpu():
+    _, weight, bias, _ = draw(1, 8, 6, torch.float32)
+    packed = Int8Linear(weight, bias)
+    torch.testing.assert_close(packed(torch.zeros(3, 8)), bias.expand(3, 6))
+    assert packed(torch.empty(0, 8), gelu=True).shape == (0, 6)
+    assert not Int8Linear(torch.zeros(6, 8), None)(torch.randn(3, 8)).any()
+
+
+def test_int8_into_columns_cpu():
+    x, weight, bias, _ = draw(9, 16, 12, torch.float32)
+    packed, out = Int8Linear(weight, bias), torch.full((9, 10), 7.0)
+    assert packed(x, out=out[:, 2:7]).data_ptr() == out[:, 2:7].data_ptr()
+    assert torch.equal(out[:, 2:7], packed(x)[:, :5])
+    assert (out[:, [0, 1, 7, 8, 9]] == 7).all()
+
+
+def test_int8_of_another_dtype_cpu(monkeypatch):
+    with pytest.raises(TypeError, match=r"weight must be float32 or bfloat16 to be rounded to int8, got torch.float16"):
+        Int8Linear(torch.ones(3, 4, dtype=torch.float16), None)
+    with pytest.raises(TypeError, match=r"x must have the dtype of the packed weights, torch.float32, got torch.bfl"):
+        Int8Linear(torch.ones(3, 4), None)(torch.ones(2, 4, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.ops, "onednn", object())
+    with pytest.raises(NotImplementedError, match="got a torch without its int8 products"):
+        Int8Linear(torch.ones(3, 4), None)
