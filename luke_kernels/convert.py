@@ -21,7 +21,7 @@ from luke_kernels.config import LukeConfig, read_json
 from luke_kernels.entity_vocab import check_entity_vocab, read_entity_vocab
 from luke_kernels.export import export_onnx
 from luke_kernels.heads import LukeForMaskedLM, LukeHead
-from luke_kernels.model import LukeModel, LukePreTrainedModel
+from luke_kernels.model import LukeModel, LukePreTrainedModel, without_weights
 from luke_kernels.sources import Source
 from luke_kernels.tokenizer import LukeTokenizer
 from luke_kernels.tokenizer.files import find_folder, read_settings, read_stored_entity_vocab, write_entity_vocab
@@ -285,7 +285,7 @@ def _empty_model(config: LukeConfig, tensors: checkpoints.Tensors, entities_are_
     named = config.extra.get("architectures")
     own = [cls for cls in MODELS if isinstance(named, list) and cls.__name__ in named]
     for cls in (*own, LukeForMaskedLM, LukeModel):
-        with torch.device("meta"):
+        with without_weights():
             model = cls(config)
         if "luke.pooler.dense.weight" not in tensors:
             model.encoder_model.pooler = None

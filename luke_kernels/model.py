@@ -4,7 +4,8 @@ The encoder runs on one buffer of all tokens of a batch, words first, without pa
 packed before it and outputs padded after it. Parameters bear the names of transformers' LUKE.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from luke_kernels import checkpoint as checkpoints
@@ -301,7 +303,7 @@ class LukePreTrainedModel(nn.Module):
             config = checkpoints.read_config(source, changes)
             tensors = checkpoints.read_tensors(source)
             checkpoints.check_depth(source.name, config, tensors)
-            with torch.device("meta"):
+            with without_weights():
                 model = cls(config, backend=backend)
             if changes.keys() & {"num_labels", "id2label"}:
                 tensors = checkpoints.without_other_labels(model, tensors)
@@ -342,7 +344,7 @@ class LukePreTrainedModel(nn.Module):
         with Source(name_or_path, revision, token, cache_dir, local_files_only) as source:
             config, tensors = checkpoints.start_from_encoder(source, marker_token_ids, entity_vocab_size, changes)
             checkpoints.check_depth(source.name, config, tensors)
-            with torch.device("meta"):
+            with without_weights():
                 model = cls(config, backend=backend)
             checkpoints.load(model, source.name, tensors, dtype=dtype, device=device, entities_are_new=True)
         return model.eval()
@@ -486,6 +488,21 @@ class LukePreTrainedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.get_input_embeddings().weight.dtype
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Make modules on the meta device and draw nothing: for draws there torch imports its compiler, in two seconds."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]  # of Tensor, and of nn.init
+        return function(*args, **kwargs)
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -498,6 +498,24 @@ def in_process(script, *arguments):
     return json.loads(result.stdout)
 
 
+START = """
+import json, sys
+import torch
+from luke_kernels import LukeForMaskedLM, PackedBatch
+model = LukeForMaskedLM.from_pretrained(sys.argv[1])
+encoding = {"input_ids": [5, 6], "entity_ids": [3], "entity_position_ids": [[0]]}
+with torch.no_grad():
+    model(PackedBatch.from_encodings([encoding], pad_token_id=1))
+print(json.dumps([name for name in ("torch._dynamo", "transformers", "sympy") if name in sys.modules]))
+"""
+
+
+def test_to_the_first_output_nothing_slow_is_imported(tmp_path):
+    """The compiler of torch takes as long to import as torch itself."""
+    LukeForMaskedLM(LukeConfig(**SIZES)).save_pretrained(tmp_path)
+    assert in_process(START, str(tmp_path)) == []
+
+
 @pytest.fixture(scope="module")
 def answers_to_huge(tmp_path_factory):
     directory = tmp_path_factory.mktemp("huge")

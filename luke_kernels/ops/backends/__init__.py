@@ -66,13 +66,16 @@ def _cuda_missing(device: torch.device | None) -> str | None:
     return _device_missing(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# torch.compile takes the answer as it is; it would trace into a function that is cached, and stop at the extension.
-@torch.compiler.assume_constant_result
 def _device_missing(index: int) -> str | None:
     if index not in _CUDA_DEVICES and (reason := _core.cuda_missing(index)):
         return reason
     _CUDA_DEVICES.add(index)
     return None
+
+
+# torch.compile takes the answer as it is; it would trace into the function, and stop at the extension. The decorator
+# torch.compiler.assume_constant_result does this, but imports all of dynamo: as long as it takes to import torch.
+_device_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_missing(device: torch.device | None) -> str | None:
