@@ -108,6 +108,23 @@ void linear_cpu(lk::DType dtype, int64_t rows, int64_t in_size, int64_t out_size
   lk::linear_cpu(params);
 }
 
+void layer_norm_cpu(lk::DType dtype, int64_t rows, int64_t size, const Matrix& x, uintptr_t weight, uintptr_t bias,
+                    float eps, const Matrix& out, int num_threads) {
+  lk::NormParams params;
+  params.dtype = dtype;
+  params.rows = rows;
+  params.size = size;
+  params.x = reinterpret_cast<void*>(std::get<0>(x));
+  params.x_stride = std::get<1>(x);
+  params.weight = reinterpret_cast<void*>(weight);
+  params.bias = reinterpret_cast<void*>(bias);
+  params.eps = eps;
+  params.out = reinterpret_cast<void*>(std::get<0>(out));
+  params.out_stride = std::get<1>(out);
+  params.num_threads = num_threads;
+  lk::layer_norm_cpu(params);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_packed_bytes_cpu", &lk::linear_packed_bytes_cpu);
   m.def("linear_pack_cpu", &linear_pack_cpu, py::call_guard<py::gil_scoped_release>());
   m.def("linear_cpu", &linear_cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("layer_norm_cpu", &layer_norm_cpu, py::call_guard<py::gil_scoped_release>());
 
 #ifdef LUKE_CUDA
   m.def("cuda_architectures", &lk::cuda_architectures);

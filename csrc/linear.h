@@ -1,4 +1,4 @@
-// Linear layers in inference, as the core sees them: y = f(x W^T + b) + r. No torch, no Python.
+// Linear layers, y = f(x W^T + b) + r, and norms in inference, as the core sees them. No torch, no Python.
 #pragma once
 
 #include <cstddef>
@@ -33,5 +33,22 @@ struct LinearParams {
 };
 
 void linear_cpu(const LinearParams& params);
+
+// All of one dtype, rows of `size` numbers; x and out may be the same.
+struct NormParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t size = 0;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  float eps = 0;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  int num_threads = 1;
+};
+
+void layer_norm_cpu(const NormParams& params);
 
 }  // namespace luke_kernels

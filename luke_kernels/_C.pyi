@@ -55,6 +55,9 @@ def linear_cpu(
     num_threads: int,
     /,
 ) -> None: ...
+def layer_norm_cpu(
+    dtype: DType, rows: int, size: int, x: Matrix, weight: int, bias: int, eps: float, out: Matrix, num_threads: int, /
+) -> None: ...
 
 # Where the extension was built with CUDA. `seed` is an address on the device.
 def cuda_architectures() -> str: ...

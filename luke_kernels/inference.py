@@ -1,6 +1,7 @@
 """The encoder's layers in inference on the CPU: the same sums as `model.Layer`, by kernels that read packed weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from luke_kernels.attention import is_plain
 from luke_kernels.ops.attention import attend_joint
 from luke_kernels.ops.layout import Layout
-from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear
+from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear, layer_norm
 
 
 class PackedLayers:
@@ -60,9 +61,10 @@ class PackedLayers:
         """A copy of a model, or one that was pickled, has other weights and is not optimized."""
         return type(None), ()
 
-    def choose(self, num_layers: int | None, one_by_one: bool) -> list["PackedLayer"]:
-        """Return what runs the first layers in turn, each as a `model.Layer` is called."""
-        return self.layers[:num_layers]
+    def choose(self, num_layers: int | None, one_by_one: bool) -> list[Callable[..., Tensor]]:
+        """Return what runs the first layers in turn, each as a `model.Layer` is called, in one call of the model."""
+        workspace = Workspace()
+        return [partial(layer, workspace) for layer in self.layers[:num_layers]]
 
     def check(self) -> None:
         """Refuse weights that are no longer those that were packed."""
@@ -77,6 +79,20 @@ class PackedLayers:
 def _state(parameter: Tensor) -> tuple[int, int]:
     # Tensors made in inference mode have no version.
     return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+class Workspace:
+    """Memory that the layers of one call use in turn: what is fresh costs a page fault every 4 KB."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return (rows, columns) of what lies under the name, whatever it holds."""
+        size, buffer = rows * columns, self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(rows, columns)
 
 
 class PackedLayer:
@@ -102,29 +118,38 @@ class PackedLayer:
         self.output = pack(layer.output.dense)
         self.output_norm = _norm(layer.output.LayerNorm, dtype)
 
-    def __call__(self, hidden: Tensor, num_words: int, layout: Layout, rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, workspace: Workspace, hidden: Tensor, num_words: int, layout: Layout, rows: Tensor | None = None
+    ) -> Tensor:
+        def place(name: str, linear: PackedLinear | Int8Linear) -> Tensor | None:
+            # Int8Linear would copy to it.
+            if isinstance(linear, Int8Linear):
+                return None
+            return workspace.take(name, len(hidden), linear.out_size, hidden.dtype)
+
         hidden = hidden.to(self.intermediate.dtype)
-        context = attend_joint(*self._project(hidden, num_words), layout, 0.0, self.backend).flatten(-2)
+        projections = self._project(workspace, hidden, num_words)
+        context = attend_joint(*projections, layout, 0.0, self.backend).flatten(-2)
         if rows is not None:
             hidden, context = hidden.index_select(0, rows), context.index_select(0, rows)
-        hidden = F.layer_norm(self.attention_output(context, residual=hidden), *self.attention_norm)
-        if self.activation is F.gelu:
-            inner = self.intermediate(hidden, gelu=True)
-        else:
-            inner = self.activation(self.intermediate(hidden))
-        return F.layer_norm(self.output(inner, residual=hidden), *self.output_norm)
+        attended = self.attention_output(context, residual=hidden, out=place("attended", self.attention_output))
+        layer_norm(attended, *self.attention_norm, out=attended)
+        is_gelu = self.activation is F.gelu
+        inner = self.intermediate(attended, gelu=is_gelu, out=place("inner", self.intermediate))
+        output = self.output(inner if is_gelu else self.activation(inner), residual=attended)
+        return layer_norm(output, *self.output_norm, out=output)
 
-    def _project(self, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
+    def _project(self, workspace: Workspace, hidden: Tensor, num_words: int) -> tuple[Tensor, Tensor | None]:
         """Project as `attention.project_joint` does: (Tw + Te, slots, H, D), cut into words and entities."""
         tokens, size = hidden.shape
         has_entities = tokens > num_words
         if self.entity_queries is not None and has_entities:
-            slots = hidden.new_empty(tokens, 4, size)
+            slots = workspace.take("slots", tokens, 4 * size, hidden.dtype).unflatten(1, (4, size))
             queries, keys_values = slots.flatten(1).split(2 * size, dim=1)
             self.queries(hidden[:num_words], out=queries[:num_words])
             self.entity_queries(hidden[num_words:], out=queries[num_words:])
         else:
-            slots = hidden.new_empty(tokens, 3, size)
+            slots = workspace.take("slots", tokens, 3 * size, hidden.dtype).unflatten(1, (3, size))
             queries, keys_values = slots.flatten(1).split([size, 2 * size], dim=1)
             self.queries(hidden, out=queries)
         self.keys_values(hidden, out=keys_values)
@@ -132,5 +157,5 @@ class PackedLayer:
         return heads[:num_words], heads[num_words:] if has_entities else None
 
 
-def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
-    return norm.normalized_shape, norm.weight.detach().to(dtype), norm.bias.detach().to(dtype), norm.eps
+def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.detach().to(dtype).contiguous(), norm.bias.detach().to(dtype).contiguous(), norm.eps

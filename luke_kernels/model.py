@@ -411,9 +411,9 @@ class LukePreTrainedModel(nn.Module):
         Args:
             dtype: What the layers compute in on a CPU, float32, bfloat16 or float16; None: the dtype of the weights. A
                 CPU without units for bfloat16 or float16 computes in float32, and rounds.
-            weight_dtype: On a CPU, torch.int8 to multiply in 8 bits, weights rounded once and rows as they come: faster
-                where the CPU has VNNI, in a quarter of the memory, and no longer exact (docs/model.md tells the error);
-                None: `dtype`.
+            weight_dtype: On a CPU, torch.int8 to multiply in 8 bits, weights rounded once and rows as they come: in
+                a quarter of the memory, faster where the CPU has VNNI and no units for bfloat16, and not exact
+                (docs/model.md tells the error); None: `dtype`.
 
         Returns:
             The model itself. `restore_from_inference` undoes it; on a CPU new weights, on a GPU weights in new memory

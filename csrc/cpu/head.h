@@ -121,6 +121,16 @@ struct Linear {
   bool gelu;
 };
 
+// Rows of `size` numbers, normalised: out = (x - mean) / sqrt(variance + eps) weight + bias.
+struct Norm {
+  Matrix x;
+  Matrix out;
+  const void* weight;
+  const void* bias;
+  int64_t size;
+  float eps;
+};
+
 // How the work on a layer is cut, and what it takes.
 struct LinearSizes {
   int64_t packed_bytes;   // of the weights

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "linear.h"
+#include "norm.h"
 #include "peak.h"
 
 #define LUKE_JOIN_(a, b) a##b
@@ -120,6 +121,16 @@ void linear(DType dtype, const Linear& linear, Span rows, Span panels, const voi
   });
 }
 
+void layer_norm([[maybe_unused]] DType dtype, const Norm& norm, Span rows) {
+#if defined(__AVX512BF16__)
+  normalise<bfloat16>(norm, rows);
+#else
+  dtype == DType::kBFloat16  ? normalise<bfloat16>(norm, rows)
+  : dtype == DType::kFloat16 ? normalise<float16>(norm, rows)
+                             : normalise<float>(norm, rows);
+#endif
+}
+
 int64_t multiply_add(DType dtype, int64_t rounds) {
   return dispatch(dtype, [&](auto product, auto) { return run_multiply_adds<decltype(product)>(rounds); });
 }
@@ -131,6 +142,7 @@ extern const Kernels LUKE_JOIN(kernels_, LUKE_ISA) = {LUKE_ISA::forward_scratch_
                                                       LUKE_ISA::backward_scratch_bytes, LUKE_ISA::backward,
                                                       LUKE_ISA::linear_sizes, LUKE_ISA::linear_pack,
                                                       LUKE_ISA::linear_pack_rows, LUKE_ISA::linear,
+                                                      LUKE_ISA::layer_norm,
                                                       LUKE_ISA::multiply_add};
 
 }  // namespace luke_kernels

@@ -24,6 +24,8 @@ struct Kernels {
   // A block of rows by some panels; `packed` is null where rows are not packed.
   void (*linear)(DType dtype, const Linear& linear, Span rows, Span panels, const void* packed, void* scratch);
 
+  void (*layer_norm)(DType dtype, const Norm& norm, Span rows);
+
   // Only multiplies and adds, as the products of tensors of `dtype` do; returns how many operations it did.
   int64_t (*multiply_add)(DType dtype, int64_t rounds);
 };

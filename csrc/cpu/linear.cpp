@@ -1,4 +1,4 @@
-// Linear layers on the CPU: which thread runs which rows and columns. No result depends on the number of threads.
+// Linear layers and norms on the CPU: which thread runs which rows and columns. No result depends on the number of threads.
 #include "../linear.h"
 
 #include <algorithm>
@@ -11,6 +11,8 @@ namespace {
 
 // Tasks for each thread, so that the threads end together.
 constexpr int64_t kTasks = 8;
+// Numbers that a task normalises, about.
+constexpr int64_t kNormNumbers = 1 << 14;
 // Of packed rows, at most and about.
 constexpr int64_t kPackedBytes = 8 << 20;
 
@@ -77,6 +79,20 @@ void linear_cpu(const LinearParams& params) {
     run(isa, params.dtype, linear, sizes, {begin, std::min(begin + blocks * sizes.rows, params.rows)},
         params.num_threads);
   }
+}
+
+void layer_norm_cpu(const NormParams& params) {
+  const Norm norm = {matrix(params.x, params.x_stride),
+                     {params.out, params.out_stride},
+                     params.weight,
+                     params.bias,
+                     params.size,
+                     params.eps};
+  const Kernels& isa = kernels(params.dtype);
+  const int64_t rows = std::max<int64_t>(kNormNumbers / std::max<int64_t>(params.size, 1), 1);
+  parallel_for(params.num_threads, ceil_div(params.rows, rows), [&](int64_t index, int64_t) {
+    isa.layer_norm(params.dtype, norm, {index * rows, std::min((index + 1) * rows, params.rows)});
+  });
 }
 
 }  // namespace luke_kernels

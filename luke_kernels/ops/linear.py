@@ -1,10 +1,9 @@
-"""Linear layers in inference on the CPU, their weights packed once.
+"""Linear layers in inference on the CPU, their weights packed once, and layer normalisation.
 
 `PackedLinear` runs in the C++ core: bias, GELU and residual in one pass. `Int8Linear` rounds to 8 bits, by oneDNN.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luke_kernels import _C
@@ -120,10 +119,33 @@ class Int8Linear:
         else:
             y = torch.empty(0, self.out_size)
         if gelu:
-            y = F.gelu(y)
+            y = torch.ops.aten.gelu_(y)
         if residual is not None:
             y += residual
         return y.to(self.dtype) if out is None else out.copy_(y[:, : out.shape[1]])
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """Normalise rows (M, C), float32, bfloat16 or float16, in the C++ core; `out` may be `x` itself.
+
+    Args:
+        weight, bias: (C,), without gaps, in the dtype of `x`.
+    """
+    if out is None:
+        out = x.new_empty(x.shape)
+    x = _rows(x)
+    _C.layer_norm_cpu(
+        getattr(_C.DType, DTYPE_NAMES[x.dtype]),
+        x.shape[0],
+        x.shape[1],
+        (x.data_ptr(), x.stride(0)),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        eps,
+        (out.data_ptr(), out.stride(0)),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _check(linear: PackedLinear | Int8Linear, x: Tensor, out: Tensor | None) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
-from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear
+from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear, layer_norm
 
 # Rows, in, out: one of each, odd ones, more than a block of rows and a piece of the depth, less than a vector.
 SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96), (70, 5000, 300)]
@@ -94,6 +94,38 @@ def test_other_size_cpu():
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"out must be \(2, at most 3\), got \(2, 4\)"):
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 4), out=torch.empty(2, 4))
+
+
+# Layer normalisation
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (40, 64), (33, 768), (3, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_cpu(isa, dtype, size):
+    """Rounding of float32 sums, of rows far from zero too, and of the output; into itself, and into columns."""
+    x = (3 * torch.randn(size) + 5 * torch.randn(size[0], 1)).to(dtype)
+    weight, bias = torch.randn(size[1]).to(dtype), torch.randn(size[1]).to(dtype)
+    truth = F.layer_norm(x.double(), size[1:], weight.double(), bias.double(), 1e-5)
+    got = layer_norm(x, weight, bias, 1e-5)
+    assert got.dtype == dtype
+    # Of one number the deviation is 0: nothing is left but the bias, and what the mean rounds.
+    sums = 1e-6 * (
+        1
+        + x.double().abs().amax(dim=1, keepdim=True)
+        / x.double().var(dim=1, keepdim=True, correction=0).add(1e-5).sqrt()
+    )
+    assert (
+        (got.double() - truth).abs() <= torch.finfo(dtype).eps / 2 * truth.abs() + sums * (1 + weight.double().abs())
+    ).all()
+    wide = torch.full((size[0], size[1] + 3), 7.0).to(dtype)
+    wide[:, 1:-2] = x
+    assert layer_norm(wide[:, 1:-2], weight, bias, 1e-5, out=wide[:, 1:-2]).data_ptr() == wide[:, 1:].data_ptr()
+    assert torch.equal(wide[:, 1:-2], got)
+    assert (wide[:, [0, -2, -1]] == 7).all()
+
+
+def test_layer_norm_of_no_rows_cpu():
+    assert layer_norm(torch.empty(0, 8), torch.ones(8), torch.zeros(8), 1e-5).shape == (0, 8)
 
 
 # Eight bits
