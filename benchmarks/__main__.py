@@ -195,6 +195,33 @@ def tokenizer(
     print(f"{count} records of run {run['run']} in {path}")
 
 
+@app.command()
+def encode(
+    device: Device = "cpu",
+    size: Size = "base",
+    dtype: Dtype = None,
+    case: Annotated[list[str] | None, typer.Option(help="N texts, as of the model; repeatable")] = None,
+    repeats: Repeats = None,
+    out: Out = None,
+) -> None:
+    """Time texts to vectors from end to end, transformers' tokenizer and model against `encode`, correctness first."""
+    _need_transformers()
+    from benchmarks import encode as encode_benchmark
+    from benchmarks import encoders
+
+    _check("size", [size], encoders.SIZES)
+    target = _check_options(device, dtype, None)
+
+    def run_case(name: str, dtype: torch.dtype, peak_tflops: float, run: Record) -> list[Record]:
+        try:
+            return encode_benchmark.run_case(name, size, dtype, target, repeats or REPEATS[device], run)
+        except FileNotFoundError as error:
+            raise console.CommandError(f"case {name} must have its data, got an error: {error}") from None
+
+    dtypes = dtype or _usual_dtypes(target)
+    _run(encode_benchmark.OP, run_case, case or encode_benchmark.CASES, dtypes, target, out)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def base(
     context: typer.Context,

@@ -135,27 +135,28 @@ def draw_douts(batch: Batch, model: nn.Module) -> list[Tensor]:
 def contenders(model: nn.Module, batch: Batch, douts: Sequence[Tensor]) -> list[Contender]:
     """Return who competes with `model`, transformers' own, which comes first."""
     accelerated = accelerate(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
-    ours = _ours(model)
+    mine = ours(model)
     words, entities = douts
     padded_douts = batch.packed.pad_words(words), batch.packed.pad_entities(entities)
     chosen = [
         Contender(TRANSFORMERS, model, batch.padded, padded_douts),
         Contender(ACCELERATED, accelerated, batch.padded, padded_douts),
-        Contender(OURS, ours, batch.padded, padded_douts),
-        Contender(PACKED, ours, {"input_ids": batch.packed}, douts),
+        Contender(OURS, mine, batch.padded, padded_douts),
+        Contender(PACKED, mine, {"input_ids": batch.packed}, douts),
     ]
     # Older revisions, which are compared with, lack it.
     can = hasattr(LukeModel, "optimize_for_inference")
     if can and (words.is_cuda or words.dtype in (torch.float32, torch.bfloat16, torch.float16)):
-        chosen.append(Optimized(OPTIMIZED, _ours(model), {"input_ids": batch.packed}, douts))
+        chosen.append(Optimized(OPTIMIZED, ours(model), {"input_ids": batch.packed}, douts))
     can = can and "weight_dtype" in inspect.signature(LukeModel.optimize_for_inference).parameters
     if can and words.device.type == "cpu" and words.dtype in (torch.float32, torch.bfloat16):
-        chosen.append(Int8(INT8, _ours(model), {"input_ids": batch.packed}, douts))
+        chosen.append(Int8(INT8, ours(model), {"input_ids": batch.packed}, douts))
     return chosen
 
 
-def _ours(model: nn.Module) -> LukeModel:
+def ours(model: nn.Module) -> LukeModel:
+    """Make our model of transformers', of the same weights."""
     with torch.device("meta"):
-        ours = LukeModel(LukeConfig.from_dict(model.config.to_dict()), add_pooling_layer=False)
-    ours.load_state_dict(model.state_dict(), assign=True)
-    return ours
+        mine = LukeModel(LukeConfig.from_dict(model.config.to_dict()), add_pooling_layer=False)
+    mine.load_state_dict(model.state_dict(), assign=True)
+    return mine

@@ -28,6 +28,7 @@ PAGES = {
     "model": Page("LUKE's encoder", "transformers", ("tflops", "time")),
     "train": Page("A step of pretraining", "transformers"),
     "memory": Page("Memory over length", "transformers", ("memory",)),
+    "encode": Page("Texts to vectors, end to end", "transformers", ()),
     "tokenizer": Page("The tokenizer", "transformers", ()),
 }
 README = records.ROOT / "README.md"
@@ -87,6 +88,7 @@ _TITLES = {
     "both": "Forward and backward",
     "step": "Forward, backward and AdamW",
     "encode": "Texts and spans to inputs",
+    "vectors": "Texts and spans to vectors",
 }
 
 
@@ -129,11 +131,19 @@ _README_CORPORA = {
 
 
 def readme_block(found: Iterable[Record]) -> str:
-    """Return a compact table a device of LUKE base in the first dtype measured, and how the other dtypes did."""
-    devices = _by_page(r for r in found if r["size"] == "base").get("model", {})
-    if not devices:
+    """Return a compact table of LUKE base in the first dtype measured, and how the other dtypes did.
+
+    Of CPUs and of GPUs, each the one measured last.
+    """
+    last: dict[str, tuple[str, Rows]] = {}
+    for rows in _by_page(r for r in found if r["size"] == "base").get("model", {}).values():
+        every = [record for row in rows.values() for record in row.values()]
+        kind, date = every[0]["device"].partition(":")[0], max(record["date"] or "" for record in every)
+        if kind not in last or date >= last[kind][0]:
+            last[kind] = date, rows
+    if not last:
         return "The speed of the whole model is not measured yet.\n"
-    return "\n".join(_readme_table(rows) for rows in devices.values())
+    return "\n".join(_readme_table(rows) for _, rows in last.values())
 
 
 def _readme_table(rows: Rows) -> str:
@@ -232,11 +242,17 @@ def joules(record: Record | None, baseline: Record | None) -> str:
     return "" if record is None or record["joules"] is None else f"{record['joules']:.3g}"
 
 
+def waiting(record: Record | None, baseline: Record | None) -> str:
+    """Return the share of the time in which the model waits."""
+    return "" if record is None or record["waiting"] is None else f"{record['waiting']:.1%}"
+
+
 # What else is told of records, where one has it, on the pages of models.
 _FIGURES = (
     ("Sequences a second; tokens that exist, words and entities, a second", rates),
     ("Share of the peak that was measured in the same run (FMA on a CPU, else matmul)", fraction),
     ("Peak memory of a call, MiB", memory),
+    ("Share of the time in which the model waits for texts", waiting),
     ("Energy of a call, joules of the CPU's packages", joules),
     ("Largest error of a state beside float64", errors),
 )

@@ -26,6 +26,7 @@ from torch import Tensor
 from luke_kernels.config import LukeConfig
 from luke_kernels.encode import Text, TextEncoder, TextVectors, choose_device, text_progress
 from luke_kernels.model import LukeModel
+from luke_kernels.ops.backends import cpu_kernels_missing
 from luke_kernels.sources import ARCHIVES
 from luke_kernels.tokenizer import LukeTokenizer
 
@@ -139,8 +140,11 @@ def encode_file(
         raise ValueError(f"output must be new, or resume (--resume) be set to continue it, got {output}")
     # All lines of a file are checked before the first is encoded; pipes can be read only once.
     total = sum(1 for _ in _same_texts(texts, found)) if not from_stdin and Path(texts).is_file() else None
+    encoding_model = _Encoder.from_pretrained(model, dtype=dtype, device=chosen)
+    if chosen.type == "cpu" and encoding_model.dtype != torch.float64 and cpu_kernels_missing() is None:
+        encoding_model.optimize_for_inference()
     encoder = TextEncoder(
-        _Encoder.from_pretrained(model, dtype=dtype, device=chosen),
+        encoding_model,
         _load_tokenizer(model, tokenizer),
         max_tokens=max_tokens,
         layer=layer,

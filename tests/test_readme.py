@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from luke_cases import build
 
 from luke_kernels import LukeModel, LukeTokenizer
@@ -58,9 +59,11 @@ def test_model():
 
 
 def test_training():
-    namespace = run_examples("docs/training.md", 2)
+    pytest.importorskip("accelerate")
+    namespace = run_examples("docs/training.md", 3)
     assert namespace["labels"].shape == (6,)
     assert namespace["loss"].isfinite()
+    assert {parameter.dtype for parameter in namespace["model"].parameters()} == {torch.float32}
 
 
 def test_tokenizer():

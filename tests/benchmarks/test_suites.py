@@ -15,6 +15,7 @@ from benchmarks import (
     base,
     batches,
     console,
+    encode,
     encoders,
     measure,
     model,
@@ -299,6 +300,39 @@ def test_tokenizer(tmp_path):
     check_records(found)
     page = report.render(found, tmp_path)[0]
     assert "### Texts and spans to inputs" in page.read_text()
+
+
+@luke_cases.NEEDS_DATA
+def test_encode(tmp_path, monkeypatch):
+    """Windows of a few texts, so that there are several."""
+    monkeypatch.setattr(encode, "MAX_TOKENS", 40)
+    out = tmp_path / "encode.jsonl"
+    __main__.encode(size="tiny", dtype=["float32"], case=["conll-20"], repeats=2, out=out)
+    found = records.load([out])
+    assert [record["contender"] for record in found] == ["transformers", "luke_kernels", "luke_kernels-optimized"]
+    check_records(found)
+    assert found[0]["waiting"] is None
+    assert all(0 < record["waiting"] < 1 for record in found[1:])
+    page = report.render(found, tmp_path)[0].read_text()
+    assert "### Texts and spans to vectors" in page
+    assert "Share of the time in which the model waits for texts" in page
+
+
+@luke_cases.NEEDS_DATA
+def test_wrong_vectors_have_no_time(tmp_path, monkeypatch):
+    real = encode.encode_texts
+
+    def wrong(*arguments, **options):
+        for vectors in real(*arguments, **options):
+            vectors.entities[-1] *= 1.01
+            yield vectors
+
+    monkeypatch.setattr(encode, "encode_texts", wrong)
+    run = records.describe_run(CPU)
+    theirs, *ours = encode.run_case("conll-3", "tiny", torch.float32, CPU, 1, run)
+    assert theirs["median_ms"]
+    assert {(record["gate"], record["median_ms"]) for record in ours} == {("wrong", None)}
+    assert all("differs from transformers' by" in record["message"] for record in ours)
 
 
 @luke_cases.NEEDS_DATA
