@@ -234,7 +234,10 @@ def fraction(record: Record | None, baseline: Record | None) -> str:
 def errors(record: Record | None, baseline: Record | None) -> str:
     """Return the largest error of a state of words or entities."""
     found = {} if record is None else record["error"] or {}
-    return f"{max(found['words'], found['entities']):.1e}" if {"words", "entities"} <= found.keys() else ""
+    if not {"words", "entities"} <= found.keys():
+        return ""
+    states = found["words"], found["entities"]
+    return "NaN" if None in states else f"{max(states):.1e}"  # records have no NaN
 
 
 def joules(record: Record | None, baseline: Record | None) -> str:

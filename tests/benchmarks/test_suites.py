@@ -406,6 +406,14 @@ def test_readme_tells_of_peers():
     assert "all spans of up to 16 words" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [({"words": 1e-3, "entities": 2e-2}, "2.0e-02"), ({"words": None, "entities": 1.0}, "NaN"), ({"loss": 1.0}, "")],
+)
+def test_errors_are_told(error, told):
+    assert report.errors(records.blank() | {"error": error}, None) == told
+
+
 def test_page_tells_why_there_is_no_time(tmp_path):
     row = records.blank() | {"op": "train", "size": "base", "direction": "step", "case": "1x2x1", "dtype": "float32"}
     row |= {"run": "r", "device": "cpu: x", "versions": {}, "shape": {"real_tokens": 3}, "date": "d", "command": "c"}
