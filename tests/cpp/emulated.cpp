@@ -46,6 +46,7 @@ void linear_pack_cpu(DType, const void*, int64_t, int64_t, int64_t, void*) {
   throw std::logic_error("only CUDA is emulated");
 }
 void linear_cpu(const LinearParams&) { throw std::logic_error("only CUDA is emulated"); }
+void layer_norm_cpu(const NormParams&) { throw std::logic_error("only CUDA is emulated"); }
 int64_t multiply_add_cpu(DType, int, int64_t) { throw std::logic_error("only CUDA is emulated"); }
 
 std::string cuda_missing(int) { return ""; }
