@@ -30,6 +30,8 @@ def _read() -> dict[str, tuple[int, int]]:
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
         if zone.name.count(":") == 1:
             try:
+                if not (zone / "name").read_text().startswith("package"):
+                    continue  # the platform, which holds them
                 value, most = (int((zone / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
             except OSError:  # not ours to read
                 continue

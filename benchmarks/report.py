@@ -196,7 +196,8 @@ def _readme_cell(record: Record | None, baseline: Record | None) -> str:
     text = (
         f"{ratio:.2f}x" if ratio is not None else f"{median_ms:,.0f} ms" if median_ms >= 1000 else f"{median_ms:.4g} ms"
     )
-    return text if record["peak_memory_bytes"] is None else f"{text}, {memory(record, baseline)} MiB"
+    # A runtime that takes its memory before the call grows by nothing in it, which says nothing.
+    return f"{text}, {memory(record, baseline)} MiB" if record["peak_memory_bytes"] else text
 
 
 def cell(record: Record | None, baseline: Record | None) -> str:

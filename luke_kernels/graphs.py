@@ -1,19 +1,24 @@
 """The encoder's layers in inference on a GPU: small batches as CUDA graphs, which launch all kernels at once."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from luke_kernels.ops.backends import choose
 from luke_kernels.ops.layout import Layout
+from luke_kernels.plain import PlainLayers
 
 # Beyond so many tokens kernels take longer than their launches, and graphs gain nothing.
 MAX_TOKENS = 4096
 # Graphs share their memory but for inputs and outputs; the one not used for longest goes first.
 MAX_GRAPHS = 64
+# A capture takes as long as many calls: sizes that come once are not worth it.
+CAPTURE_AT = 2
 WARM_UP = 2  # calls before the capture, in which kernels are compiled and workspaces taken
 
 
@@ -37,18 +42,23 @@ class GraphedLayers:
         layers: `model.Layer`s on one GPU, in evaluation mode. Graphs read their weights where they lie.
 
     Raises:
-        ValueError: the attention runs on a backend that waits for the device.
+        ValueError: the attention runs on a backend that waits for the device, or a module is not plain.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[Any]):
+        self._plain = PlainLayers(layers, new_values_count=False)
+        self.weights = self._plain.weights
         for layer in layers:
-            backend = layer.attention["self"].backend  # type: ignore[union-attr, index]
-            if backend not in ("auto", "triton", "cuda"):
+            attention = layer.attention["self"]
+            weight, head_dim = attention.query.weight, attention.hidden_size // attention.num_heads
+            backend = choose(attention.backend, weight.device, weight.dtype, head_dim)
+            if backend not in ("triton", "cuda"):
                 raise ValueError(f"backend must be triton or cuda to be captured in CUDA graphs, got {backend!r}")
         self.layers = list(layers)
-        self._places = [(parameter, parameter.data_ptr()) for layer in layers for parameter in layer.parameters()]
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self._pool: Any = None
+        self._seen: Counter[Bucket] = Counter()
+        self._capturing = Capturing()
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of a model, or one that was pickled, has other weights and is not optimized."""
@@ -56,12 +66,7 @@ class GraphedLayers:
 
     def check(self) -> None:
         """Refuse weights that lie elsewhere than when graphs were made; new values are read."""
-        for parameter, place in self._places:
-            if parameter.data_ptr() != place:
-                raise RuntimeError(
-                    "weights must lie where they lay when optimize_for_inference was called, got others: call "
-                    "optimize_for_inference again"
-                )
+        self._plain.check()
 
     def choose(self, num_layers: int | None, one_by_one: bool) -> list[Callable[..., Tensor]]:
         """Return what runs the first layers in turn, each as a `model.Layer` is called; as one, unless asked."""
@@ -76,21 +81,27 @@ class GraphedLayers:
         words, entities = _rounded(num_words), _rounded(len(hidden) - num_words)
         longest = min(_power(layout.max_words), words), min(_power(layout.max_entities), entities)
         bucket = Bucket(words, entities, _power(layout.batch_size), *longest, len(layers))
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            if len(self._graphs) == MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            # Buffers made in inference mode could not be written to outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                graph = self._graphs[bucket] = _Graph(bucket, layers, hidden, self._pool)
-            self._pool = graph.pool
-        self._graphs.move_to_end(bucket)
-        result = graph.replay(hidden, num_words, layout)
+        with self._lock:
+            graph = self._graphs.get(bucket)
+            if graph is None:
+                self._seen[bucket] += 1
+                if self._seen[bucket] < CAPTURE_AT:
+                    return _run_layers(layers, hidden, num_words, layout, rows)
+                if len(self._graphs) == MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                # Buffers made in inference mode could not be written to outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    graph = self._graphs[bucket] = _Graph(bucket, layers, hidden, self._capturing)
+            self._graphs.move_to_end(bucket)
+            # Buffers and memory are shared: a call on another stream must wait for the last one.
+            self._capturing.wait()
+            result = graph.replay(hidden, num_words, layout)
+            self._capturing.done()
         return result if rows is None else result.index_select(0, rows)
 
 
 class _Graph:
-    def __init__(self, bucket: Bucket, layers: list[nn.Module], like: Tensor, pool: Any):
+    def __init__(self, bucket: Bucket, layers: list[nn.Module], like: Tensor, capturing: "Capturing"):
         self.bucket = bucket
         self.hidden = like.new_zeros(bucket.words + bucket.entities, like.shape[1])
         # Offsets and lengths of words, then of entities.
@@ -102,7 +113,7 @@ class _Graph:
             covers_rows=False,
         )
         run = partial(_run_layers, layers, self.hidden, bucket.words, layout)
-        self._replay, self.pool, self.result = capture(run, pool)
+        self._replay, self.result = capturing.capture(run, like.device)
 
     def replay(self, hidden: Tensor, num_words: int, layout: Layout) -> Tensor:
         """Run on a batch no larger than the bucket; return a copy of its rows."""
@@ -128,17 +139,39 @@ def _run_layers(
     return layers[-1](hidden, num_words, layout, rows)
 
 
-def capture(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Any, Tensor]:
-    """Capture a function as a CUDA graph; return what replays it, its memory pool and the result that it fills."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=pool):
-        result = run()
-    return graph.replay, graph.pool(), result
+class Capturing:
+    """Captures functions as CUDA graphs, which share their memory, and keeps calls on it apart."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Event | None = None
+
+    def capture(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        """Return what replays a function, and the result that it fills."""
+        with torch.cuda.device(device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(device)
+            graph = torch.cuda.CUDAGraph()
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(self._stream)
+            # Other threads, such as those that load data, go on meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = run()
+        self._pool = graph.pool()
+        return graph.replay, result
+
+    def wait(self) -> None:
+        """Let the stream wait for what was done before on another."""
+        if self._last is not None:
+            self._last.wait()
+
+    def done(self) -> None:
+        """Note the end of what is on the stream."""
+        self._last = torch.cuda.current_stream().record_event()
 
 
 def _rounded(count: int) -> int:

@@ -218,7 +218,7 @@ class EntityPredictions(nn.Module):
         if candidates is None:
             return self.decoder(hidden) + self.bias
         # Pads read a candidate of theirs, so that a sparse gradient has no row of another.
-        padded = candidates.where(candidates >= 0, candidates[..., :1]).clamp(min=0)
+        padded = candidates.where(candidates >= 0, candidates.amax(dim=-1, keepdim=True)).clamp(min=0)
         table, bias = F.embedding(padded, self.decoder.weight, sparse=self.sparse), self.bias[padded]
         if candidates.dim() == 1:
             return F.linear(hidden, table, bias)
@@ -311,9 +311,13 @@ class LukeForMaskedLM(LukeHead):
 
     def _candidates(self, encoded: Encoded, candidates: Tensor) -> Tensor:
         """Return candidates as (K,) or (Te, K)."""
+        if not isinstance(candidates, Tensor):
+            raise TypeError(f"entity_candidates must be a tensor, got {type(candidates).__name__}")
         check_range("entity_candidates", candidates, 0 if candidates.dim() == 1 else -1, self.config.entity_vocab_size)
+        if candidates.dim() == 0 or candidates.shape[-1] == 0:
+            raise ValueError(f"entity_candidates must hold one at least, got {tuple(candidates.shape)}")
         if candidates.dim() == 1:
-            return candidates
+            return candidates.to(encoded.words.device)
         candidates = encoded.take_entities(candidates, "entity_candidates")
         if candidates.dim() != 2 or candidates.shape[0] != encoded.batch.num_entities:
             raise ValueError(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luke_kernels.attention import is_plain
 from luke_kernels.ops.attention import attend_joint
 from luke_kernels.ops.layout import Layout
 from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear, layer_norm
+from luke_kernels.plain import PlainLayers
 
 
 class PackedLayers:
@@ -36,24 +36,14 @@ class PackedLayers:
     ):
         if weight_dtype not in (None, torch.int8):
             raise ValueError(f"weight_dtype must be torch.int8 or None, got {weight_dtype}")
-        plain = [
-            (f"layer.{number}.{name}", module)
-            for number, layer in enumerate(layers)
-            for name, module in layer.named_modules()
-            if list(module.parameters(recurse=False))
-        ]
-        for name, module in plain:
-            kind = nn.LayerNorm if name.endswith("LayerNorm") else nn.Linear
-            if not is_plain(module, kind):
-                raise ValueError(f"{name} must be a plain {kind.__name__} without hooks, got {module}")
-        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        self._plain = PlainLayers(layers, new_values_count=True)
+        self.weights = parameters = self._plain.weights
         for parameter in parameters:
             if parameter.device.type != "cpu":
                 raise ValueError(f"device must be cpu to be optimized for inference, got {parameter.device}")
         self.dtype = dtype or (parameters[0].dtype if parameters else torch.float32)
         if self.dtype not in DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16 for inference, got {self.dtype}")
-        self._seen = [(parameter, _state(parameter)) for parameter in parameters]
         linear = PackedLinear if weight_dtype is None else Int8Linear
         self.layers = [PackedLayer(layer, self.dtype, linear) for layer in layers]
 
@@ -68,17 +58,7 @@ class PackedLayers:
 
     def check(self) -> None:
         """Refuse weights that are no longer those that were packed."""
-        for parameter, state in self._seen:
-            if _state(parameter) != state:
-                raise RuntimeError(
-                    "weights must stay as they were when optimize_for_inference packed them, got new ones: call "
-                    "optimize_for_inference again"
-                )
-
-
-def _state(parameter: Tensor) -> tuple[int, int]:
-    # Tensors made in inference mode have no version.
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+        self._plain.check()
 
 
 class Workspace:
@@ -91,7 +71,7 @@ class Workspace:
         """Return (rows, columns) of what lies under the name, whatever it holds."""
         size, buffer = rows * columns, self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device="cpu")
         return buffer[:size].view(rows, columns)
 
 

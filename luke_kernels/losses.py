@@ -43,7 +43,7 @@ def candidate_cross_entropy(logits: Tensor, candidates: Tensor, labels: Tensor, 
 
     Args:
         logits: Scores of the candidates, (R, K), -inf for none.
-        candidates: Their classes, int64 (K,) or (R, K).
+        candidates: Their classes, int64 (K,) or (R, K); one that stands there twice counts once.
         labels: Classes, int64 (R,); a row whose label is `ignored` does not count.
 
     Returns:
@@ -51,10 +51,17 @@ def candidate_cross_entropy(logits: Tensor, candidates: Tensor, labels: Tensor, 
     """
     counts = labels != ignored
     # A row that does not count may have no candidates: -inf throughout makes gradients of NaN.
-    wide = _wide(logits).masked_fill(~counts[:, None], 0)
+    wide = _wide(logits).masked_fill(_repeated(candidates), -torch.inf).masked_fill(~counts[:, None], 0)
     of_label = wide.masked_fill(candidates != labels[:, None], -torch.inf).amax(dim=1)
     losses = wide.logsumexp(dim=1) - of_label
     return (torch.where(counts, losses, 0).sum() / counts.sum()).to(logits.dtype)
+
+
+def _repeated(candidates: Tensor) -> Tensor:
+    """Return which candidates stand before their place already, (K,) or (R, K)."""
+    ordered, places = candidates.sort(dim=-1, stable=True)
+    repeated = F.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+    return torch.zeros_like(repeated).scatter(-1, places, repeated)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -140,16 +140,20 @@ def encode_file(
         raise ValueError(f"output must be new, or resume (--resume) be set to continue it, got {output}")
     # All lines of a file are checked before the first is encoded; pipes can be read only once.
     total = sum(1 for _ in _same_texts(texts, found)) if not from_stdin and Path(texts).is_file() else None
-    encoding_model = _Encoder.from_pretrained(model, dtype=dtype, device=chosen)
-    if chosen.type == "cpu" and encoding_model.dtype != torch.float64 and cpu_kernels_missing() is None:
-        encoding_model.optimize_for_inference()
     encoder = TextEncoder(
-        encoding_model,
+        _Encoder.from_pretrained(model, dtype=dtype, device=chosen),
         _load_tokenizer(model, tokenizer),
         max_tokens=max_tokens,
         layer=layer,
         truncation=truncation,
     )
+    if (
+        encoder.layer
+        and chosen.type == "cpu"
+        and encoder.model.dtype != torch.float64
+        and cpu_kernels_missing() is None
+    ):
+        encoder.model.optimize_for_inference()
     # What vectors depend on beyond rounding, and the blocks, which are never mixed.
     settings = {
         "model": str(model),

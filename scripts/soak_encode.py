@@ -194,6 +194,8 @@ def soak(data: Path, work: Path, minutes: float, kills: int, seed: int, layers: 
             left = max(minutes * 30 - (time.monotonic() - began), 0)
             # What is left of the half is shared out, at random.
             if not going or not run.watch(min(chance.uniform(0, 2 * left / (kills - number)), left)):
+                if run.process.returncode:
+                    raise RuntimeError(f"the exit code must be 0, got {run.process.returncode}; see {log}")
                 break
             run.end(SIGNALS[number % 2])
         after = time.monotonic() - began

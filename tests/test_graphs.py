@@ -18,15 +18,23 @@ def captured(monkeypatch):
     """Let functions stand for graphs; return the buckets they were captured for."""
     found, make = [], graphs._Graph
 
-    def capture(run, pool):
-        result = run()
-        return lambda: result.copy_(run()), pool, result
+    class Repeating:
+        def capture(self, run, device):
+            result = run()
+            return lambda: result.copy_(run()), result
+
+        def wait(self):
+            pass
+
+        done = wait
 
     def keep(bucket, *arguments):
         found.append(bucket)
         return make(bucket, *arguments)
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "Capturing", Repeating)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
+    monkeypatch.setattr(graphs, "choose", lambda *_: "triton")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(graphs, "_Graph", keep)
     return found
@@ -128,9 +136,43 @@ def test_inference_mode_before(captured):
     torch.testing.assert_close(model(**inputs)[0], plain(model, **inputs)[0])
 
 
-def test_a_backend_that_waits_is_refused():
-    with pytest.raises(ValueError, match="backend must be triton or cuda to be captured in CUDA graphs, got 'sdpa'"):
-        GraphedLayers(build(LukeModel, backend="sdpa").layers)
+@torch.no_grad()
+def test_results_outlast_later_calls(captured):
+    model = graphed(LukeModel)
+    batches = batch_of([6, 4], [2, 1]), batch_of([5, 5], [1, 2])
+    first, second = (model(batch)[0] for batch in batches)
+    assert len(captured) == 1
+    torch.testing.assert_close(first, plain(model, input_ids=batches[0])[0])
+    torch.testing.assert_close(second, plain(model, input_ids=batches[1])[0])
+
+
+@torch.no_grad()
+def test_sizes_that_come_once_are_not_captured(captured, monkeypatch):
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 2)
+    model = graphed(LukeModel)
+    for words, count in ((5, 0), (20, 0), (5, 1), (5, 1), (20, 2)):
+        model(batch_of([words], [1]))
+        assert len(captured) == count
+
+
+@torch.no_grad()
+def test_hooked_layers_are_refused(captured):
+    model, inputs = graphed(LukeModel), padded_inputs()
+    handle = model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="hooks must stay as they were"):
+        model(**inputs)
+    with pytest.raises(ValueError, match=r"layer\.0\. must be without hooks"):
+        GraphedLayers(model.layers)
+    handle.remove()
+    model(**inputs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_a_backend_that_waits_is_refused(backend):
+    with pytest.raises(
+        ValueError, match=r"backend must be triton or cuda to be captured in CUDA graphs, got '(sdpa|cpu)'"
+    ):
+        GraphedLayers(build(LukeModel, backend=backend).layers)
 
 
 @pytest.mark.parametrize(

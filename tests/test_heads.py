@@ -478,6 +478,11 @@ IDS = torch.full((BATCH, WORDS), 5)
         ({"positions": torch.full((BATCH, 1), WORDS)}, r"positions must .*got 7"),
         ({"positions": torch.full((BATCH, 1), -2)}, r"positions must .*got -2"),
         ({"positions": torch.zeros(BATCH, 1)}, "positions must be integers, got torch.float32"),
+        ({"entity_candidates": [1, 2]}, "entity_candidates must be a tensor, got list"),
+        (
+            {"entity_candidates": torch.empty(0, dtype=torch.int64)},
+            r"entity_candidates must hold one at least, got \(0,\)",
+        ),
         ({"entity_candidates": torch.tensor([10])}, r"entity_candidates must .*got 10"),
         # Without pads in this form, -1 would be the last entity.
         ({"entity_candidates": torch.tensor([3, -1])}, r"entity_candidates must .*got -1"),
@@ -961,8 +966,10 @@ def with_candidates(of_each: bool) -> tuple[dict[str, Tensor], Tensor]:
     labels = torch.randint(2, 6, (BATCH, ENTITIES))
     labels[0, 0] = -100
     if not of_each:
-        return {**inputs, "entity_candidates": torch.arange(2, 6)}, labels
-    candidates = torch.stack([labels, labels + 1, torch.full_like(labels, -1)], dim=2)
+        return {**inputs, "entity_candidates": torch.tensor([2, 3, 4, 5, 3, 2])}, labels
+    # Pads before and after, and one twice.
+    pads = torch.full_like(labels, -1)
+    candidates = torch.stack([pads, labels, labels + 1, labels, labels + 1, pads], dim=2)
     candidates[0, 0] = -1
     return {**inputs, "entity_candidates": candidates}, labels
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,14 +102,23 @@ def test_round_trip_and_training():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("change", ["in place", "moved"])
+@pytest.mark.parametrize("change", ["in place", "moved", "assigned", "parameter", "module"])
 def test_new_weights_are_refused_until_optimized_again(change):
     model, inputs = build(LukeModel, dtype=torch.float32).optimize_for_inference(), padded_inputs()
     if change == "in place":
         with torch.no_grad():
             model.encoder["layer"][1].output.dense.weight.mul_(2)
-    else:
+    elif change == "moved":
         model.double().float()
+    elif change == "assigned":
+        model.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()}, assign=True)
+    elif change == "parameter":
+        layer = model.encoder["layer"][0].output
+        layer.dense.weight = nn.Parameter(2 * layer.dense.weight.detach())
+    else:
+        model.encoder["layer"][0].intermediate["dense"] = nn.Linear(
+            *reversed(model.layers[0].intermediate["dense"].weight.shape)
+        )
     with torch.no_grad(), pytest.raises(RuntimeError, match="call optimize_for_inference again"):
         model(**inputs)
     torch.testing.assert_close(
@@ -117,6 +127,39 @@ def test_new_weights_are_refused_until_optimized_again(change):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_layers_are_trained_where_embeddings_are_not():
+    model, inputs = build(LukeModel, dtype=torch.float32).optimize_for_inference(), padded_inputs()
+    model.embeddings.requires_grad_(False)
+    model.entity_embeddings.requires_grad_(False)
+    model(**inputs)[0].sum().backward()
+    assert model.layers[0].output.dense.weight.grad.any()
+
+
+def test_results_outlast_later_calls_and_threads_share_nothing():
+    model = build(LukeModel, dtype=torch.float32).optimize_for_inference()
+    batches = [PackedBatch.from_padded(**padded_inputs(padding)) for padding in ("right", "holes", "none")] * 8
+    alone = [states(model, {"input_ids": batch}) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda batch: states(model, {"input_ids": batch}), batches))
+    for kept, found, batch in zip(alone, together, batches, strict=True):
+        fresh = states(model, {"input_ids": batch})
+        assert all(map(torch.equal, kept, fresh))
+        assert all(map(torch.equal, found, fresh))
+
+
+def test_another_default_device():
+    model, inputs = build(LukeModel, dtype=torch.float32), padded_inputs()
+    plain = states(model, inputs)
+    for options in ({}, {"weight_dtype": torch.int8}):
+        with torch.device("meta"):
+            model.optimize_for_inference(**options)
+        batch = PackedBatch.from_padded(**inputs)
+        with torch.device("meta"):
+            found = model.encode(batch, num_layers=2)
+        assert found.words.device.type == "cpu"
+        torch.testing.assert_close(batch.pad_words(found.words), plain[0], rtol=0.2, atol=0.2)
 
 
 def test_copies_are_not_optimized():

@@ -39,7 +39,7 @@ class PackedLinear:
         dtype = getattr(_C.DType, DTYPE_NAMES[self.dtype])
         size = _C.linear_packed_bytes_cpu(dtype, self.in_size, self.out_size)
         # Zeros: where columns are no multiple of a panel, products read on.
-        self.packed = torch.zeros(size, dtype=torch.uint8)
+        self.packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
         _C.linear_pack_cpu(
             dtype, weight.data_ptr(), weight.stride(0), self.in_size, self.out_size, self.packed.data_ptr()
         )
@@ -51,7 +51,7 @@ class PackedLinear:
 
         Rows may be strided; `out` (M, N) is written to where it is given, or (M, n) to get the first n columns.
         """
-        _check(self, x, out)
+        _check(self, x, residual, out)
         if out is None:
             out = x.new_empty(x.shape[0], self.out_size)
         x, residual = _rows(x), None if residual is None else _rows(residual)
@@ -97,7 +97,7 @@ class Int8Linear:
         self.dtype = weight.dtype
         weight = weight.detach().float()
         self.scales = weight.abs().amax(dim=1).div_(127).clamp_(min=SMALLEST)
-        self.zeros = torch.zeros(self.out_size, dtype=torch.int32)
+        self.zeros = torch.zeros(self.out_size, dtype=torch.int32, device="cpu")
         rounded = (weight / self.scales[:, None]).round_()
         self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
         sums = rounded.sum(dim=1) * self.scales
@@ -107,7 +107,7 @@ class Int8Linear:
         self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """As of `PackedLinear`."""
-        _check(self, x, out)
+        _check(self, x, residual, out)
         if len(x):
             q, scales, zeros = _quantize(x)
             y = torch.ops.onednn.qlinear_pointwise(
@@ -117,7 +117,7 @@ class Int8Linear:
                 torch.stack([-scales * zeros, torch.ones_like(scales)], dim=1), self.sums_bias
             )
         else:
-            y = torch.empty(0, self.out_size)
+            y = torch.empty(0, self.out_size, device="cpu")
         if gelu:
             y = torch.ops.aten.gelu_(y)
         if residual is not None:
@@ -131,6 +131,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     Args:
         weight, bias: (C,), without gaps, in the dtype of `x`.
     """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if out is None:
         out = x.new_empty(x.shape)
     x = _rows(x)
@@ -148,13 +150,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     return out
 
 
-def _check(linear: PackedLinear | Int8Linear, x: Tensor, out: Tensor | None) -> None:
+def _check(linear: PackedLinear | Int8Linear, x: Tensor, residual: Tensor | None, out: Tensor | None) -> None:
     if x.shape[1:] != (linear.in_size,):
         raise ValueError(f"x must be (M, {linear.in_size}), got {tuple(x.shape)}")
     if x.dtype != linear.dtype:
         raise TypeError(f"x must have the dtype of the packed weights, {linear.dtype}, got {x.dtype}")
     if out is not None and (out.shape[0] != x.shape[0] or out.shape[1] > linear.out_size):
         raise ValueError(f"out must be ({x.shape[0]}, at most {linear.out_size}), got {tuple(out.shape)}")
+    if residual is not None and residual.shape != (x.shape[0], linear.out_size):
+        raise ValueError(f"residual must be ({x.shape[0]}, {linear.out_size}), got {tuple(residual.shape)}")
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and (tensor.dtype != x.dtype or (name == "out" and tensor.stride(1) != 1)):
+            raise TypeError(f"{name} must be {x.dtype}, without gaps in a row, got {tensor.dtype}")
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,10 @@ def powercap(monkeypatch, tmp_path):
     for zone, value in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 9_999_000), ("intel-rapl:0:0", 7)):
         (tmp_path / zone).mkdir()
         (tmp_path / zone / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / zone / "name").write_text("package-0\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("9999999\n")
+    (tmp_path / "intel-rapl:2").mkdir()
+    (tmp_path / "intel-rapl:2" / "name").write_text("psys\n")
     return tmp_path
 
 

@@ -8,7 +8,16 @@ pytest.importorskip("luke_kernels._C", reason="luke_kernels._C is not built")
 from luke_kernels.ops.linear import DTYPES, Int8Linear, PackedLinear, layer_norm
 
 # Rows, in, out: one of each, odd ones, more than a block of rows and a piece of the depth, less than a vector.
-SIZES = [(1, 1, 1), (13, 33, 17), (97, 130, 70), (5, 768, 64), (200, 777, 100), (31, 3072, 96), (70, 5000, 300)]
+SIZES = [
+    (1, 1, 1),
+    (13, 33, 17),
+    (97, 130, 70),
+    (5, 768, 64),
+    (200, 777, 100),
+    (31, 3072, 96),
+    (70, 5000, 300),
+    (350, 5000, 33),
+]
 
 
 def draw(rows, in_size, out_size, dtype):
@@ -94,6 +103,18 @@ def test_other_size_cpu():
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"out must be \(2, at most 3\), got \(2, 4\)"):
         PackedLinear(torch.ones(3, 4), None)(torch.ones(2, 4), out=torch.empty(2, 4))
+
+
+def test_other_residuals_and_outputs_cpu():
+    packed, x = PackedLinear(torch.ones(3, 4), None), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"residual must be \(2, 3\), got \(1, 3\)"):
+        packed(x, residual=torch.ones(1, 3))
+    with pytest.raises(TypeError, match=r"residual must be torch.float32, without gaps in a row, got torch.float64"):
+        packed(x, residual=torch.ones(2, 3).double())
+    with pytest.raises(TypeError, match=r"out must be torch.float32, without gaps"):
+        packed(x, out=torch.empty(3, 2).t())
+    with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, got torch.float64"):
+        layer_norm(x.double(), torch.ones(4), torch.ones(4), 1e-5)
 
 
 # Layer normalisation
