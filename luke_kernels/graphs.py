@@ -57,7 +57,7 @@ class GraphedLayers:
         self.layers = list(layers)
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self._seen: Counter[Bucket] = Counter()
-        self._capturing = Capturing()
+        self._capturing = Capturing(self.weights[0].device)
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -113,7 +113,7 @@ class _Graph:
             covers_rows=False,
         )
         run = partial(_run_layers, layers, self.hidden, bucket.words, layout)
-        self._replay, self.result = capturing.capture(run, like.device)
+        self._replay, self.result = capturing.capture(run)
 
     def replay(self, hidden: Tensor, num_words: int, layout: Layout) -> Tensor:
         """Run on a batch no larger than the bucket; return a copy of its rows."""
@@ -142,13 +142,15 @@ def _run_layers(
 class Capturing:
     """Captures functions as CUDA graphs, which share their memory, and keeps calls on it apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
+        self.device = device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Event | None = None
 
-    def capture(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Return what replays a function, and the result that it fills."""
+        device = self.device
         with torch.cuda.device(device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream(device)
@@ -167,11 +169,11 @@ class Capturing:
     def wait(self) -> None:
         """Let the stream wait for what was done before on another."""
         if self._last is not None:
-            self._last.wait()
+            self._last.wait(torch.cuda.current_stream(self.device))
 
     def done(self) -> None:
         """Note the end of what is on the stream."""
-        self._last = torch.cuda.current_stream().record_event()
+        self._last = torch.cuda.current_stream(self.device).record_event()
 
 
 def _rounded(count: int) -> int:

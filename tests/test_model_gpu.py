@@ -13,6 +13,7 @@ from luke_kernels import (
     PackedBatch,
     accelerate,
     encode,
+    graphs,
 )
 from luke_kernels.tokenizer import BUNDLED
 
@@ -137,7 +138,9 @@ def test_graphs_wait_for_nothing():
     model = build(LukeForEntitySpanClassification, backend="triton", dtype=torch.bfloat16, **SIZES).to("cuda")
     batch = batch_on_the_cpu().to("cuda")
     with torch.no_grad():
-        model.optimize_for_inference()(batch)  # captures
+        model.optimize_for_inference()
+        for _ in range(graphs.CAPTURE_AT):
+            model(batch)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
